@@ -142,7 +142,7 @@ class Manifest:
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Write `{directory}/{manifest.prefix}.manifest.json`, atomically."""
     content = asdict(manifest)
-    content = {"format": "lit-packed", "version": VERSION, **content, **content.pop("extra")}
+    content = {"format": "lit-packed", "version": VERSION} | content.pop("extra") | content
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     _write_atomically(Path(directory) / f"{manifest.prefix}.manifest.json", text.encode())
 
