@@ -1,0 +1,5 @@
+"""TinyLlama's library: configuration, model, kernels, packed data, checkpoints, decoding."""
+
+from lit_gpt.config import MODELS, Config
+
+__all__ = ["MODELS", "Config"]

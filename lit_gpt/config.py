@@ -1,0 +1,115 @@
+"""Model configurations: one dataclass, and the presets that this project trains.
+
+from lit_gpt.config import Config
+config = Config.from_name("tiny_LLaMA_1b", n_layer=4)
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of a decoder-only transformer, Llama's unless said otherwise. Sizes are in elements, not bytes."""
+
+    name: str = ""
+    block_size: int = 2048
+    """Longest sequence, in tokens, that the model is trained on."""
+    vocab_size: int = 32000
+    """Ids that the tokenizer can produce."""
+    padded_vocab_size: int = 0
+    """Rows of the embedding and the head. 0: vocab_size rounded up to a multiple of 64, which matmuls like."""
+    n_layer: int = 22
+    n_embd: int = 2048
+    n_head: int = 32
+    n_query_groups: int = 0
+    """Key/value heads. 0: as many as query heads (MHA); 1: MQA; between them: GQA."""
+    head_size: int = 0
+    """0: n_embd / n_head."""
+    intermediate_size: int = 5632
+    """Width of the MLP."""
+    family: Literal["llama", "gptneox"] = "llama"
+    """llama: RMSNorm, SwiGLU, no biases. gptneox (Pythia): LayerNorm, GELU, biases, attention and MLP in parallel."""
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rotary_percentage: float = 1.0
+    """Share of each head that rotates, from its beginning."""
+    condense_ratio: int = 1
+    """Positions are divided by this (linear scaling), so a context of block_size fits where block_size / ratio did."""
+    tie_embeddings: bool = False
+    """The head is the embedding's weight."""
+
+    def __post_init__(self) -> None:
+        derived = {
+            "padded_vocab_size": -(-self.vocab_size // 64) * 64,
+            "n_query_groups": self.n_head,
+            "head_size": self.n_embd // self.n_head,
+        }
+        for name, value in derived.items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)  # frozen, but not yet born
+        if self.family not in ("llama", "gptneox"):
+            raise ValueError(f"model {self.name!r}: unknown family {self.family!r}. Known: llama, gptneox")
+        if self.n_head % self.n_query_groups:
+            raise ValueError(
+                f"model {self.name!r}: n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}"
+            )
+        if self.padded_vocab_size < self.vocab_size:
+            raise ValueError(
+                f"model {self.name!r}: padded_vocab_size {self.padded_vocab_size} < vocab_size {self.vocab_size}"
+            )
+        if self.rope_n_elem % 2:
+            raise ValueError(f"model {self.name!r}: {self.rope_n_elem} elements of a head would rotate: an odd number")
+
+    @property
+    def rope_n_elem(self) -> int:
+        """Elements of a head that rotate."""
+        return int(self.rotary_percentage * self.head_size)
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the fused query, key and value projection."""
+        return (self.n_head + 2 * self.n_query_groups) * self.head_size
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> "Config":
+        """The preset `name` with some fields replaced. Raises ValueError, with the nearest names, if there is none."""
+        if name not in MODELS:
+            raise ValueError(f"unknown model {name!r}.{_did_you_mean(name, MODELS)} Known: {', '.join(MODELS)}")
+        known = [f.name for f in fields(cls)]
+        for field in overrides:
+            if field not in known:
+                hint = _did_you_mean(field, known)
+                raise ValueError(f"unknown model field {field!r}.{hint} Known: {', '.join(known)}")
+        return cls(**{"name": name, **MODELS[name], **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, derived ones filled in; `Config(**config.to_dict()) == config`."""
+        return asdict(self)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
+    return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+_llama3 = dict(block_size=4096, n_embd=2560, n_head=20, n_query_groups=4, intermediate_size=6912, rope_base=500000.0)
+_pythia = dict(family="gptneox", vocab_size=50304, rotary_percentage=0.25)
+
+# Fields that differ from the dataclass's defaults, which are TinyLlama-1.1B's but for its 4 key/value heads.
+MODELS: dict[str, dict[str, Any]] = {
+    # For `make demo`: a few minutes on a laptop's CPU.
+    "tiny_LLaMA_demo": dict(
+        block_size=256, vocab_size=2048, n_layer=4, n_embd=256, n_head=8, n_query_groups=4, intermediate_size=704
+    ),
+    "tiny_LLaMA_120M": dict(n_layer=12, n_embd=768, n_head=12, n_query_groups=1, intermediate_size=2048),
+    "tiny_LLaMA_1b": dict(n_query_groups=4),
+    "code_tiny_LLaMA_1b": dict(n_query_groups=4, block_size=8192, condense_ratio=4),
+    "tinyllama3_2b": dict(**_llama3, vocab_size=128256),
+    "tinyllama3_2b_32k": dict(**_llama3, n_layer=24),
+    "pythia-1b": dict(**_pythia, n_layer=16, n_head=8, intermediate_size=8192),
+    "pythia-160m": dict(**_pythia, n_layer=12, n_embd=768, n_head=12, intermediate_size=3072),
+}

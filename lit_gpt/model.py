@@ -1,0 +1,242 @@
+"""The model, top to bottom: a Llama-architecture decoder, and GPT-NeoX's variant of it for Pythia.
+
+    model = GPT(Config.from_name("tiny_LLaMA_1b"))
+    model.init_weights(seed=1337)
+    logits = model(idx)            # (B, T) -> (B, T, V)
+    loss = model(idx, targets)     # summed over the targets that are not IGNORE_INDEX
+
+B batch, T tokens, C width, V rows of the head, H query heads, G key/value heads, D head size, S cache length.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lit_gpt.config import Config
+from lit_gpt.kernels import Kernels
+from lit_gpt.kernels.rope import rope_tables
+
+
+class GPT(nn.Module):
+    def __init__(self, config: Config, kernels: Kernels | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels or Kernels()
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                h=nn.ModuleList(Block(config, self.kernels) for _ in range(config.n_layer)),
+                ln_f=make_norm(config, self.kernels),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.register_load_state_dict_pre_hook(accept_published_names)
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        cache: "KVCache | None" = None,
+        positions: torch.Tensor | None = None,
+        reduction: str = "sum",
+    ) -> torch.Tensor:
+        """Logits, or the loss where targets are given.
+
+        Args:
+            idx: (B, T) token ids.
+            targets: (B, T) ids that should follow, IGNORE_INDEX where nothing is asked.
+            cache: keys and values of earlier tokens; this call's are written into it at `positions`.
+            positions: (T,), or (B, T) where the rows are at different places; default 0..T-1.
+            reduction: "sum", or "none" for the loss of every token, (B, T), zero where ignored. Nothing here divides:
+                a batch is spread over micro-batches and ranks, and only the caller knows its number of valid targets.
+
+        Returns:
+            (B, T, V) logits in the model's dtype, or the fp32 loss in nats.
+
+        Raises:
+            ValueError: more tokens than config.block_size.
+        """
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit the model's block_size of {self.config.block_size}")
+        cos, sin = self.rope(idx.device)
+        mask = None
+        if cache is not None:
+            positions = torch.arange(T, device=idx.device) if positions is None else positions
+            cos, sin = cos[positions], sin[positions]  # (T, R/2) or (B, T, R/2)
+            mask = cache.mask(positions)  # (1 or B, 1, T, S)
+        else:
+            assert positions is None, "positions without a cache"
+            cos, sin = cos[:T], sin[:T]
+
+        x = self.transformer.wte(idx)  # (B, T, C)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cos, sin, mask, None if cache is None else cache.layer(i, positions))
+        x = self.transformer.ln_f(x)
+
+        if targets is None:
+            return self.lm_head(x)
+        loss = self.kernels.linear_cross_entropy(
+            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction=reduction
+        )
+        return loss if reduction == "sum" else loss.view_as(targets)
+
+    def rope(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary tables, built at first use: as buffers they would follow model.to(bfloat16) and lose positions."""
+        if self._rope is None or self._rope[0].device != device:
+            c = self.config
+            self._rope = rope_tables(c.block_size, c.rope_n_elem, c.rope_base, c.condense_ratio, device)
+        return self._rope
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """TinyLlama's initialisation, in place: normal with σ = √(2/5C) (GPT-NeoX-20B's small init, arXiv:2204.06745),
+        the projections back into the residual stream with σ = 1/(√C · n_layer). Norms 1, biases 0.
+
+        Draws from a generator of its own on the parameters' device, so the same seed gives the same model at any world
+        size. Call it before the parameters are sharded.
+        """
+        c = self.config
+        generator = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith("proj.weight"):
+                p.normal_(std=1 / math.sqrt(c.n_embd) / c.n_layer, generator=generator)
+            else:
+                p.normal_(std=math.sqrt(2 / 5 / c.n_embd), generator=generator)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, kernels: Kernels) -> None:
+        super().__init__()
+        self.norm_1 = make_norm(config, kernels)
+        self.attn = CausalSelfAttention(config, kernels)
+        self.norm_2 = make_norm(config, kernels)
+        self.mlp = (LLaMAMLP if config.family == "llama" else GptNeoxMLP)(config, kernels)
+        self.parallel_residual = config.family == "gptneox"
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache: "LayerCache | None" = None,
+    ) -> torch.Tensor:
+        if self.parallel_residual:
+            return x + self.attn(self.norm_1(x), cos, sin, mask, cache) + self.mlp(self.norm_2(x))
+        x = x + self.attn(self.norm_1(x), cos, sin, mask, cache)
+        return x + self.mlp(self.norm_2(x))
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: Config, kernels: Kernels) -> None:
+        super().__init__()
+        bias = config.family == "gptneox"
+        # Query, key and value in one, interleaved by query group: (q .. q k v) (q .. q k v) ..
+        self.attn = nn.Linear(config.n_embd, config.qkv_size, bias=bias)
+        self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=bias)
+        self.config, self.kernels = config, kernels
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache: "LayerCache | None" = None,
+    ) -> torch.Tensor:
+        c = self.config
+        q, k, v = self.kernels.split_rope(self.attn(x), cos, sin, c.n_query_groups, c.head_size)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, S, G, D)
+        y = self.kernels.attention(q, k, v, mask)  # (B, T, H, D)
+        return self.proj(y.flatten(2))
+
+
+class LLaMAMLP(nn.Module):
+    def __init__(self, config: Config, kernels: Kernels) -> None:
+        super().__init__()
+        self.fc_1 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.fc_2 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.kernels = kernels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.kernels.swiglu(self.fc_1(x), self.fc_2(x)))
+
+
+class GptNeoxMLP(nn.Module):
+    def __init__(self, config: Config, kernels: Kernels) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, config.intermediate_size)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(F.gelu(self.fc(x)))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: Config, kernels: Kernels) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.eps, self.kernels = config.norm_eps, kernels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+
+def make_norm(config: Config, kernels: Kernels) -> nn.Module:
+    if config.family == "gptneox":
+        return nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+    return RMSNorm(config, kernels)
+
+
+class KVCache:
+    """Keys and values of up to `length` tokens, allocated once: (n_layer, B, S, G, D) each."""
+
+    def __init__(self, config: Config, batch_size: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        if length > config.block_size:
+            raise ValueError(f"a cache of {length} tokens exceeds the model's block_size of {config.block_size}")
+        shape = (config.n_layer, batch_size, length, config.n_query_groups, config.head_size)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def mask(self, positions: torch.Tensor) -> torch.Tensor:
+        """True where a token at `positions` may look, at itself and before: (1 or B, 1, T, S)."""
+        slots = torch.arange(self.k.size(2), device=positions.device)
+        mask = slots <= positions[..., None]
+        return mask[None, None] if positions.dim() == 1 else mask[:, None]
+
+    def layer(self, i: int, positions: torch.Tensor) -> "LayerCache":
+        return LayerCache(self.k[i], self.v[i], positions)
+
+
+class LayerCache:
+    """One layer's view of a KVCache, at the positions of this call."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> None:
+        self.k, self.v, self.positions = k, v, positions
+
+    def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k and v (B, T, G, D) at their positions and return the whole cache of the layer, (B, S, G, D)."""
+        if self.positions.dim() == 1:
+            return self.k.index_copy_(1, self.positions, k), self.v.index_copy_(1, self.positions, v)
+        where = (torch.arange(k.size(0), device=k.device)[:, None], self.positions)
+        return self.k.index_put_(where, k), self.v.index_put_(where, v)
+
+
+def accept_published_names(module: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    """Load hook: TinyLlama's published checkpoints name the MLP after xformers' SwiGLU."""
+    names = {".mlp.swiglu.w1.": ".mlp.fc_1.", ".mlp.swiglu.w2.": ".mlp.fc_2.", ".mlp.swiglu.w3.": ".mlp.proj."}
+    for key in list(state_dict):
+        for published, ours in names.items():
+            if published in key:
+                state_dict[key.replace(published, ours)] = state_dict.pop(key)

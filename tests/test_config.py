@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from lit_gpt import MODELS, Config
+from lit_gpt.model import GPT
+
+PARAMETERS = {
+    "tiny_LLaMA_demo": 4_000_000,
+    "tiny_LLaMA_120M": 121_129_728,
+    "tiny_LLaMA_1b": 1_100_048_384,
+    "code_tiny_LLaMA_1b": 1_100_048_384,
+    "tinyllama3_2b": 2_170_667_520,
+    "tinyllama3_2b_32k": 1_815_472_640,
+    "pythia-1b": 1_011_781_632,
+    "pythia-160m": 162_322_944,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_counts(name):
+    with torch.device("meta"):
+        model = GPT(Config.from_name(name))
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_unknown_names_list_the_known_ones_with_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'tiny_LLaMA_1b'.*Known: .*tinyllama3_2b"):
+        Config.from_name("tiny_llama_1B")
+    with pytest.raises(ValueError, match="Did you mean 'n_layer'"):
+        Config.from_name("tiny_LLaMA_1b", n_layers=3)
+
+
+def test_derived_fields_follow_overrides():
+    config = Config.from_name("tiny_LLaMA_1b", n_embd=128, n_head=4, vocab_size=1000)
+    assert (config.head_size, config.n_query_groups, config.padded_vocab_size) == (32, 4, 1024)
+    assert Config(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(n_head=6, n_query_groups=4), "not a multiple"),
+        (dict(vocab_size=100, padded_vocab_size=64), "padded_vocab_size 64 < vocab_size 100"),
+        (dict(family="bert"), "unknown family 'bert'"),
+        (dict(head_size=6, rotary_percentage=0.5), "an odd number"),
+    ],
+)
+def test_impossible_shapes_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Config(name="x", **wrong)
