@@ -28,8 +28,8 @@ def lr_at(
     """Learning rate of optimizer step `step`, counted from 0: a pure function, so a resume continues it exactly.
 
     Rises linearly to learning_rate over the first warmup_steps (the first step is above 0), and is exactly min_lr at
-    the last step, max_steps - 1, and after it. Between: half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), or
-    warmup-stable-decay (Hu et al. 2024, arXiv:2404.06395): constant, then linear over the last decay_steps.
+    the last step, max_steps - 1, and after it. Between: half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983)
+    or warmup-stable-decay (Hu et al. 2024, arXiv:2404.06395): constant, then linear over the last decay_steps.
     """
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
