@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from torch.distributed.checkpoint.state_dict import (
 from lit_gpt.config import Config
 
 META = "meta.json"
+# torch's remark that one process saves alone; it is what we asked for.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 def save(run_dir: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, meta: dict) -> Path:

@@ -5,8 +5,10 @@ if __name__ == "__main__":
         main(parse(TrainArgs))
 """
 
+import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,18 +20,25 @@ def parse(component: Callable, argv: list[str] | None = None) -> Any:
     Flags, types and `--help` come from the signature and its docstring, for a dataclass from the strings below its
     fields.
     """
-    from jsonargparse import auto_cli, set_parsing_settings
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return auto_cli(component, args=argv, as_positional=False)
+    parser = ArgumentParser(description=inspect.getdoc(component))
+    parser.add_argument("--config", action="config", help="YAML file of flags; later flags override it.")
+    add = parser.add_class_arguments if inspect.isclass(component) else parser.add_function_arguments
+    add(component, as_group=False)
+    flags = parser.instantiate_classes(parser.parse_args(argv)).as_dict()
+    flags.pop("config")
+    return component(**flags)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Users' mistakes (ValueError, OSError, ImportError) end in one line on stderr and exit code 1.
 
-    LIT_TRACEBACK=1 in the environment shows where they were raised.
+    Warnings take one line, too. LIT_TRACEBACK=1 in the environment shows where an error was raised.
     """
+    warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"warning: {message}\n"
     try:
         yield
     except (ValueError, OSError, ImportError) as e:

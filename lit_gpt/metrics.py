@@ -28,7 +28,10 @@ class Metrics:
             logger: "csv", "wandb" or "tensorboard"; the file is written in every case.
         """
         self.path = run_dir / "metrics.csv"
-        rows = [r for r in read_metrics(self.path) if r["step"] <= resume_step] if resume_step else []
+        rows = []
+        if resume_step and self.path.is_file():
+            with self.path.open(newline="") as f:
+                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= resume_step]
         self._file = self.path.open("w", newline="")
         self._csv = csv.DictWriter(self._file, FIELDS)
         self._csv.writeheader()
