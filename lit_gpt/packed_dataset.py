@@ -225,12 +225,13 @@ class PackedDataset(PackedSequences):
                     f"{data_dir}: {name} has {self.streams[name].tokens:,} tokens, not one sequence of "
                     f"{block_size + 1:,}; use a smaller block_size, or more data"
                 )
-        epochs = max_epochs if isinstance(max_epochs, dict) else dict.fromkeys(mix, max_epochs or 1)
-        if epochs.keys() != mix.keys() or min(epochs.values()) <= 0:
+        if not isinstance(max_epochs, dict):
+            max_epochs = dict.fromkeys(mix, 1 if max_epochs is None else max_epochs)
+        if max_epochs.keys() != mix.keys() or min(max_epochs.values()) <= 0:
             raise ValueError(f"max_epochs must be above 0 for each of {', '.join(mix)}; got {max_epochs}")
         self.mix = Mix(
             dict(mix),
-            {name: None if exhaustion == "repeat" else int(epochs[name] * self.sequences[name]) for name in mix},
+            {name: None if exhaustion == "repeat" else int(max_epochs[name] * self.sequences[name]) for name in mix},
             "stop" if exhaustion == "repeat" else exhaustion,
         )
         keys = [int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") for name in self.streams]
