@@ -100,7 +100,8 @@ def plot_loss(runs: dict[str, Path], out: Path, levels: dict[str, float] | None 
         ax.annotate(f"{label} {level:.2f}", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     ax.set(xlabel="tokens", ylabel="loss (nats per token)")
     ax.grid(alpha=0.3)
-    ax.legend(loc="upper right")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper right")
     fig.tight_layout()
     temporary = out.with_name(f".{out.name}.tmp{out.suffix}")  # a viewer never meets half a picture
     fig.savefig(temporary)

@@ -1,0 +1,31 @@
+from lit_gpt.metrics import Metrics, plot_loss, read_metrics
+
+
+def test_a_resume_drops_the_rows_that_it_repeats_and_keeps_the_rest_as_they_were(tmp_path):
+    first = Metrics(tmp_path, resume_step=0)
+    for step in range(1, 6):
+        first.log(step, tokens=step * 100, loss=1 / 3 / step)
+    first.log(5, tokens=500, val_loss=0.1)
+    first.close()
+    before = (tmp_path / "metrics.csv").read_text().splitlines()
+
+    second = Metrics(tmp_path, resume_step=3)
+    second.log(4, tokens=400, loss=9.0)
+    second.close()
+    after = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert after[:4] == before[:4]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv")] == [1, 2, 3, 4]
+
+    Metrics(tmp_path, resume_step=0).close()
+    assert read_metrics(tmp_path / "metrics.csv") == []
+
+
+def test_the_picture_is_drawn_from_what_there_is(tmp_path):
+    metrics = Metrics(tmp_path, resume_step=0)
+    plot_loss({"empty": metrics.path}, tmp_path / "empty.png")
+    metrics.log(1, tokens=100, loss=2.0)
+    metrics.log(1, tokens=100, val_loss=2.1)
+    metrics.close()
+    plot_loss({"run": metrics.path}, tmp_path / "loss.png", levels={"unigram entropy": 3.0})
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.csv", "empty.png", "loss.png"}

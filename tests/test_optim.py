@@ -1,0 +1,47 @@
+import math
+
+import pytest
+import torch
+
+from lit_gpt import Config
+from lit_gpt.model import GPT
+from lit_gpt.optim import lr_at, param_groups
+
+RECIPE = dict(max_steps=1000, warmup_steps=100, learning_rate=4e-4, min_lr=4e-5)
+
+
+@pytest.mark.parametrize("schedule", [dict(), dict(schedule="wsd", decay_steps=200)])
+def test_learning_rate_starts_above_zero_peaks_after_warmup_and_ends_at_min_lr(schedule):
+    lr = [lr_at(step, **RECIPE, **schedule) for step in range(1001)]
+    assert lr[0] == pytest.approx(4e-6)
+    assert lr[99] == max(lr) == pytest.approx(4e-4)
+    assert lr[999] == lr[1000] == 4e-5
+    steps = [abs(b - a) for a, b in zip(lr, lr[1:], strict=False)]
+    assert max(steps) <= 4e-6 + 1e-12  # nowhere steeper than the warmup: no jump
+
+
+def test_cosine_is_half_way_in_the_middle():
+    assert lr_at(100 + (999 - 100) // 2, **RECIPE) == pytest.approx((4e-4 + 4e-5) / 2, rel=2e-3)
+
+
+def test_wsd_is_constant_then_linear():
+    lr = [lr_at(step, **RECIPE, schedule="wsd", decay_steps=200) for step in range(1000)]
+    assert set(lr[100:800]) == {4e-4}
+    assert lr[899] == pytest.approx((4e-4 + 4e-5) / 2)
+
+
+@pytest.mark.parametrize("max_steps, warmup_steps", [(1, 0), (1, 1), (2, 1), (5, 5)])
+def test_short_runs_have_a_learning_rate(max_steps, warmup_steps):
+    for schedule in (dict(), dict(schedule="wsd", decay_steps=0)):
+        for step in range(max_steps):
+            lr = lr_at(step, max_steps=max_steps, warmup_steps=warmup_steps, learning_rate=1.0, min_lr=0.1, **schedule)
+            assert math.isfinite(lr) and 0 < lr <= 1.0
+
+
+def test_norms_and_biases_are_not_decayed():
+    model = GPT(Config.from_name("pythia-160m", n_layer=1, n_embd=64, n_head=4, vocab_size=64))
+    decayed, plain = param_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    assert isinstance(decayed["params"][0], torch.nn.Parameter)
