@@ -1,0 +1,140 @@
+"""Train a byte-pair tokenizer on raw text.
+
+python scripts/train_tokenizer.py --source_path data/raw --out_dir data/tokenizer --vocab_size 8192
+
+`--kind sentencepiece` makes a tokenizer.model as Llama 2 has it (spaces kept as they are, digits one by one, bytes for
+characters it does not know); `--kind tokenizers` a tokenizer.json as Llama 3 has it.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lit_gpt.text_sources import COMPRESSIONS, TEXT_SUFFIXES, Fields, find_files, open_source
+from lit_gpt.tokenizer import LLAMA3_PATTERN, Tokenizer
+
+MAX_LINE = 4096
+"""Characters of the longest piece of text that sentencepiece is shown (it leaves longer lines out)"""
+
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+
+@dataclass
+class TrainTokenizerArgs:
+    """Train a byte-pair tokenizer on raw text."""
+
+    source_path: list[Path]
+    """Folders or files of raw text: jsonl (.zst, .gz), parquet, txt."""
+    out_dir: Path
+    """Folder for tokenizer.model or tokenizer.json."""
+    vocab_size: int = 32_000
+    """Number of ids, delimiters and bytes included."""
+    kind: Literal["sentencepiece", "tokenizers"] = "sentencepiece"
+    """As Llama 2 or as Llama 3."""
+    text_keys: list[str] = field(default_factory=lambda: ["text", "content"])
+    """Where the text of a record is; the first of these that a file has."""
+    max_bytes: int = 100_000_000
+    """Characters of text to train on, taken from all files evenly."""
+    overwrite: bool = False
+    """Replace the tokenizer that is in out_dir."""
+
+
+def main(args: TrainTokenizerArgs) -> None:
+    """Raises: FileNotFoundError without input, ValueError for input that cannot be read or is too little."""
+    name = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}[args.kind]
+    out_file = args.out_dir / name
+    if out_file.exists() and not args.overwrite:
+        raise ValueError(f"{out_file} exists; --overwrite replaces it")
+    patterns = [f"**/*{suffix}{end}" for suffix in TEXT_SUFFIXES for end in ("", *COMPRESSIONS)] + ["**/*.parquet"]
+    files = sorted({path for source in args.source_path for path in find_files(source, patterns)})
+    texts = sample(files, args.text_keys, args.max_bytes)
+    train = {"sentencepiece": train_sentencepiece, "tokenizers": train_tokenizers}[args.kind]
+    content = train(texts, args.vocab_size)
+
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    temporary = out_file.with_name(name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, out_file)
+    if args.kind == "tokenizers":  # its file does not say which tokens are the delimiters
+        config = {"bos_token": BOS, "eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
+        (args.out_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    print(f"{out_file}: {Tokenizer(out_file).describe()}")
+
+
+def sample(files: list[Path], text_keys: list[str], max_bytes: int) -> Iterator[str]:
+    """Documents of all files, of each about as much."""
+    from tqdm import tqdm
+
+    for path in tqdm(files, desc="reading", unit="file"):
+        left = max(max_bytes // len(files), 1)
+        source = open_source(path)
+        units = (source.read(0, Fields(key)) for key in text_keys)
+        unit = next((unit for unit in units if unit.texts), None)
+        if unit is None:
+            raise ValueError(f"{path}: no text in it under {' or '.join(text_keys)}; name its key with --text_keys")
+        for text in unit.texts:
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                break
+
+
+def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
+    """A tokenizer.model with the settings of Llama 2's."""
+    import sentencepiece
+
+    pieces = (
+        line[i : i + MAX_LINE] for text in texts for line in text.split("\n") for i in range(0, len(line), MAX_LINE)
+    )
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=pieces,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            max_sentence_length=4 * MAX_LINE,
+            character_coverage=0.99995,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            num_threads=os.cpu_count(),
+            minloglevel=1,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"--vocab_size {vocab_size}: {str(error).splitlines()[-1]}") from error
+    return model.getvalue()
+
+
+def train_tokenizers(texts: Iterator[str], vocab_size: int) -> bytes:
+    """A byte-level tokenizer.json that cuts text as Llama 3 does."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(f"--vocab_size {vocab_size}: the text is enough for {tokenizer.get_vocab_size()} only")
+    return tokenizer.to_str().encode()
+
+
+if __name__ == "__main__":
+    from lit_gpt.cli import one_line_errors, parse
+
+    with one_line_errors():
+        main(parse(TrainTokenizerArgs))
