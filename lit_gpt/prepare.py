@@ -556,7 +556,7 @@ class Output:
                 "unit": [source, index],
                 "rows": unit.rows,
                 "totals": totals,
-                "subsets": unit.subsets or {path.partition("/")[0]: totals},
+                "subsets": unit.subsets or {path.partition("/")[0] if "/" in path else self.manifest.prefix: totals},
                 "dropped": unit.dropped,
                 "skipped": [
                     {"path": path, "line": first_row + row if row is not None else None, "why": why}

@@ -1,4 +1,4 @@
-"""Raw text files to documents: JSON lines (plain, .zst, .gz), parquet and plain text.
+"""Raw text files to documents: JSON lines and plain text (also .zst and .gz), parquet, Arrow.
 
 A file is read in units of about 16 MB of text, so that many processes can share one huge file and one process can take
 many small ones. `open_source(path).read(k, fields)` returns the documents of unit k. Which documents a unit holds
@@ -28,9 +28,16 @@ READ = 1 << 17
 """Bytes read from a file at once"""
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt")
+TABLE_SUFFIXES = (".parquet", ".arrow")
 COMPRESSIONS = (".zst", ".gz")
 COMPRESSION_RATIO = 3.5
 """Of prose; only used to guess how many units a file has"""
+ANY_TEXT = [f"**/*{suffix}{end}" for suffix in TEXT_SUFFIXES for end in ("", *COMPRESSIONS)] + [
+    f"**/*{suffix}" for suffix in TABLE_SUFFIXES
+]
+"""Glob patterns of all files that can be read"""
+NOT_TEXT = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""What the `datasets` library lays beside its Arrow files"""
 
 
 @dataclass(frozen=True)
@@ -119,13 +126,14 @@ def find_files(source_path: str | Path, patterns: list[str]) -> list[Path]:
         return [source_path]
     if not source_path.exists():
         raise FileNotFoundError(f"--source_path {source_path}: no such folder")
-    files = sorted({path for pattern in patterns for path in source_path.glob(pattern) if path.is_file()})
+    found = {path for pattern in patterns for path in source_path.glob(pattern) if path.is_file()}
+    files = sorted(path for path in found if path.name not in NOT_TEXT)
     if not files:
         raise FileNotFoundError(f"--source_path {source_path}: no file in it matches {' or '.join(patterns)}")
     return files
 
 
-def open_source(path: str | Path) -> "JsonLines | Parquet | PlainText":
+def open_source(path: str | Path) -> "JsonLines | Parquet | Arrow | PlainText":
     """The reader for a file, by its name. Raises: ValueError for a kind that is not known."""
     path = Path(path)
     name = path.name.lower()
@@ -134,11 +142,11 @@ def open_source(path: str | Path) -> "JsonLines | Parquet | PlainText":
         return JsonLines(path)
     if kind == ".txt":
         return PlainText(path)
-    if name.endswith(".parquet"):
-        return Parquet(path)
+    if kind in (".parquet", ".arrow") and name.endswith(kind):
+        return {".parquet": Parquet, ".arrow": Arrow}[kind](path)
     raise ValueError(
-        f"{path}: do not know how to read this kind of file; known are .parquet and "
-        f"{', '.join(TEXT_SUFFIXES)}, these also with {' or '.join(COMPRESSIONS)} after it"
+        f"{path}: do not know how to read this kind of file; known are "
+        f"{', '.join(TABLE_SUFFIXES)}, and {', '.join(TEXT_SUFFIXES)} with or without {' or '.join(COMPRESSIONS)} after it"
     )
 
 
@@ -346,7 +354,7 @@ def _record_type(fields: Fields) -> tuple[type, Callable[[Any], tuple]]:
     return build(tree, ""), get if len(paths) > 1 else lambda record: (get(record),)
 
 
-class Parquet:
+class _Table:
     """One document a row. Units have equally many rows; only the columns that are needed are read."""
 
     def __init__(self, path: Path) -> None:
@@ -359,18 +367,18 @@ class Parquet:
         import pyarrow
 
         try:
-            metadata = self._open().metadata
+            self._file = self._file or self._open()
         except (OSError, pyarrow.ArrowException):
             return 1  # read() says what is wrong
-        return max(1, math.ceil(metadata.num_rows / self._rows_per_unit()))
+        return max(1, math.ceil(self._file.num_rows / self._rows_per_unit()))
 
     def read(self, index: int, fields: Fields) -> Unit:
         import pyarrow
 
         unit = Unit()
         try:
-            rows = self._open().metadata.num_rows
-            size = self._rows_per_unit()
+            self._file = self._file or self._open()
+            rows, size = self._file.num_rows, self._rows_per_unit()
             if self._rows is None or index != self._next:
                 self._rows = self._read_from(index * size, fields)
             for row in range(min(size, rows - index * size)):
@@ -387,36 +395,69 @@ class Parquet:
             self._file = self._rows = None
         return unit
 
-    def _open(self):
-        import pyarrow.parquet
-
-        self._file = self._file or pyarrow.parquet.ParquetFile(self.path, pre_buffer=False)
-        return self._file
-
     def _rows_per_unit(self) -> int:
-        metadata = self._open().metadata
-        size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-        return max(1, metadata.num_rows * UNIT // max(size, UNIT))
+        return max(1, self._file.num_rows * UNIT // max(self._file.text_bytes, UNIT))
 
     def _read_from(self, start: int, fields: Fields) -> Iterator[tuple]:
         """The values of `fields.keys()` row by row from row `start`, a value that is damaged as a ValueError."""
         import pyarrow
 
-        file = self._open()
-        columns = file.schema_arrow.names
-        if missing := [key for key in fields.keys() if key.split(".")[0] not in columns]:
-            raise UnreadableFile(f"no column {missing[0]!r}; there are {', '.join(columns)}")
-        counts = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        group_starts = [0, *accumulate(counts)]
-        group = max(0, bisect_right(group_starts, start) - 1)
-        row = group_starts[group]
-        # Batches keep the memory small when a file is one huge row group.
-        batch_rows = max(1, min(self._rows_per_unit() // 8, 4096))
-        groups = list(range(group, len(counts)))
-        for batch in file.iter_batches(batch_rows, row_groups=groups, columns=fields.keys(), use_threads=False):
-            table = pyarrow.Table.from_batches([batch.slice(max(0, start - row))])
+        keys = fields.keys()
+        if missing := [key for key in keys if key.split(".")[0] not in self._file.columns]:
+            raise UnreadableFile(f"no column {missing[0]!r}; there are {', '.join(self._file.columns)}")
+        # Small batches keep the memory small when a file is one huge row group.
+        for batch in self._file.batches(start, keys, max(1, min(self._rows_per_unit() // 8, 4096))):
+            table = pyarrow.Table.from_batches([batch])
+            yield from zip(*(_column(table, key) for key in keys), strict=True)
+
+
+class Parquet(_Table):
+    """A parquet file."""
+
+    def _open(self) -> "_ParquetFile":
+        return _ParquetFile(self.path)
+
+
+class Arrow(_Table):
+    """An Arrow file of the `datasets` library: what `save_to_disk` writes and `load_dataset` caches."""
+
+    def _open(self) -> "_ArrowFile":
+        return _ArrowFile(self.path)
+
+
+class _ParquetFile:
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet
+
+        self.file = pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+        groups = [self.file.metadata.row_group(i) for i in range(self.file.metadata.num_row_groups)]
+        self.num_rows = self.file.metadata.num_rows
+        self.text_bytes = sum(group.total_byte_size for group in groups)
+        self.columns = self.file.schema_arrow.names
+        self.group_starts = [0, *accumulate(group.num_rows for group in groups)]
+
+    def batches(self, start: int, columns: list[str], rows: int) -> Iterator[Any]:
+        first = max(0, bisect_right(self.group_starts, start) - 1)
+        row, groups = self.group_starts[first], list(range(first, len(self.group_starts) - 1))
+        for batch in self.file.iter_batches(rows, row_groups=groups, columns=columns, use_threads=False):
+            yield batch.slice(max(0, start - row))
             row += len(batch)
-            yield from zip(*(_column(table, key) for key in fields.keys()), strict=True)
+
+
+class _ArrowFile:
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        memory = pyarrow.memory_map(str(path))  # nothing is read before it is needed
+        try:
+            self.table = pyarrow.ipc.open_stream(memory).read_all()
+        except pyarrow.ArrowInvalid:
+            self.table = pyarrow.ipc.open_file(memory).read_all()
+        self.num_rows, self.text_bytes, self.columns = self.table.num_rows, self.table.nbytes, self.table.column_names
+
+    def batches(self, start: int, columns: list[str], rows: int) -> Iterator[Any]:
+        names = list(dict.fromkeys(key.split(".")[0] for key in columns))
+        yield from self.table.slice(start).select(names).to_batches(rows)
 
 
 def _column(table: Any, key: str) -> list:

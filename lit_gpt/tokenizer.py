@@ -57,6 +57,9 @@ class Tokenizer:
         else:
             self.model = _SentencePieceModel(self.path, content)
         self.vocab_size, self.bos_id, self.eos_id = self.model.vocab_size, self.model.bos_id, self.model.eos_id
+        for text in self.model.special:
+            if {self.bos_id, self.eos_id} & set(self.model.encode(text)):
+                raise ValueError(f"{self.path}: {text!r} as text becomes a delimiter; mark it special in the file")
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
         """The ids of `text`, with one BOS before and one EOS after it as asked.

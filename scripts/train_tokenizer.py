@@ -1,6 +1,6 @@
 """Train a byte-pair tokenizer on raw text.
 
-python scripts/train_tokenizer.py --source_path data/raw --out_dir data/tokenizer --vocab_size 8192
+python scripts/train_tokenizer.py --source_path data/raw --destination_path data/tokenizer --vocab_size 8192
 
 `--kind sentencepiece` makes a tokenizer.model as Llama 2 has it (spaces kept as they are, digits one by one, bytes for
 characters it does not know); `--kind tokenizers` a tokenizer.json as Llama 3 has it.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lit_gpt.text_sources import COMPRESSIONS, TEXT_SUFFIXES, Fields, find_files, open_source
+from lit_gpt.text_sources import ANY_TEXT, Fields, find_files, open_source
 from lit_gpt.tokenizer import LLAMA3_PATTERN, Tokenizer
 
 MAX_LINE = 4096
@@ -27,9 +27,9 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 class TrainTokenizerArgs:
     """Train a byte-pair tokenizer on raw text."""
 
-    source_path: list[Path]
-    """Folders or files of raw text: jsonl (.zst, .gz), parquet, txt."""
-    out_dir: Path
+    source_path: Path
+    """Folder or file of raw text: jsonl and txt (also .zst, .gz), parquet, arrow."""
+    destination_path: Path
     """Folder for tokenizer.model or tokenizer.json."""
     vocab_size: int = 32_000
     """Number of ids, delimiters and bytes included."""
@@ -40,28 +40,27 @@ class TrainTokenizerArgs:
     max_bytes: int = 100_000_000
     """Characters of text to train on, taken from all files evenly."""
     overwrite: bool = False
-    """Replace the tokenizer that is in out_dir."""
+    """Replace the tokenizer that is in destination_path."""
 
 
 def main(args: TrainTokenizerArgs) -> None:
     """Raises: FileNotFoundError without input, ValueError for input that cannot be read or is too little."""
     name = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}[args.kind]
-    out_file = args.out_dir / name
+    out_file = args.destination_path / name
     if out_file.exists() and not args.overwrite:
         raise ValueError(f"{out_file} exists; --overwrite replaces it")
-    patterns = [f"**/*{suffix}{end}" for suffix in TEXT_SUFFIXES for end in ("", *COMPRESSIONS)] + ["**/*.parquet"]
-    files = sorted({path for source in args.source_path for path in find_files(source, patterns)})
+    files = find_files(args.source_path, ANY_TEXT)
     texts = sample(files, args.text_keys, args.max_bytes)
     train = {"sentencepiece": train_sentencepiece, "tokenizers": train_tokenizers}[args.kind]
     content = train(texts, args.vocab_size)
 
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    args.destination_path.mkdir(parents=True, exist_ok=True)
     temporary = out_file.with_name(name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, out_file)
     if args.kind == "tokenizers":  # its file does not say which tokens are the delimiters
         config = {"bos_token": BOS, "eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
-        (args.out_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (args.destination_path / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     print(f"{out_file}: {Tokenizer(out_file).describe()}")
 
 
