@@ -9,7 +9,7 @@ Families: Llama (transformers' LlamaForCausalLM) and GPT-NeoX (GPTNeoXForCausalL
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,60 +19,68 @@ from lit_gpt.weights import LazyWeights, open_weights, read_json, write_json, wr
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")  # not weights; old files hold them
 
 
-class Entry(NamedTuple):
-    theirs: tuple[str, ...]
-    """One name, or three: query, key and value, which we keep in one tensor."""
-    shape: tuple[int, ...]
-    """Of our tensor."""
+def name_table(config: Config) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Our name -> {their name: shape}, for every tensor of the model; a tied head is left out.
 
-
-def name_table(config: Config) -> dict[str, Entry]:
-    """Our name -> theirs and the shape, for every tensor of the model; a tied head is left out."""
+    Where they keep query, key and value apart, three of theirs make one of ours.
+    """
     c = config
-    C, F, V, HD = c.n_embd, c.intermediate_size, c.padded_vocab_size, c.n_head * c.head_size
+    C, F, V = c.n_embd, c.intermediate_size, c.padded_vocab_size
+    HD, GD = c.n_head * c.head_size, c.n_query_groups * c.head_size
     if c.family == "llama":
-        before = {"transformer.wte.weight": Entry(("model.embed_tokens.weight",), (V, C))}
-        layer = {
-            "norm_1.weight": Entry(("input_layernorm.weight",), (C,)),
-            "attn.attn.weight": Entry(tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), (c.qkv_size, C)),
-            "attn.proj.weight": Entry(("self_attn.o_proj.weight",), (C, HD)),
-            "norm_2.weight": Entry(("post_attention_layernorm.weight",), (C,)),
-            "mlp.fc_1.weight": Entry(("mlp.gate_proj.weight",), (F, C)),
-            "mlp.fc_2.weight": Entry(("mlp.up_proj.weight",), (F, C)),
-            "mlp.proj.weight": Entry(("mlp.down_proj.weight",), (C, F)),
+        layers = "model.layers"
+        table = {
+            "transformer.wte.weight": {"model.embed_tokens.weight": (V, C)},
+            "{}.norm_1.weight": {"{}.input_layernorm.weight": (C,)},
+            "{}.attn.attn.weight": {
+                "{}.self_attn.q_proj.weight": (HD, C),
+                "{}.self_attn.k_proj.weight": (GD, C),
+                "{}.self_attn.v_proj.weight": (GD, C),
+            },
+            "{}.attn.proj.weight": {"{}.self_attn.o_proj.weight": (C, HD)},
+            "{}.norm_2.weight": {"{}.post_attention_layernorm.weight": (C,)},
+            "{}.mlp.fc_1.weight": {"{}.mlp.gate_proj.weight": (F, C)},
+            "{}.mlp.fc_2.weight": {"{}.mlp.up_proj.weight": (F, C)},
+            "{}.mlp.proj.weight": {"{}.mlp.down_proj.weight": (C, F)},
+            "transformer.ln_f.weight": {"model.norm.weight": (C,)},
+            "lm_head.weight": {"lm_head.weight": (V, C)},
         }
-        after = {"transformer.ln_f.weight": Entry(("model.norm.weight",), (C,))}
-        layers, head = "model.layers", "lm_head.weight"
     else:
-        # Their fused query_key_value is (q k v) a head, which is our interleaving where every head is a group.
-        before = {"transformer.wte.weight": Entry(("gpt_neox.embed_in.weight",), (V, C))}
-        layer = {
-            "norm_1.weight": Entry(("input_layernorm.weight",), (C,)),
-            "norm_1.bias": Entry(("input_layernorm.bias",), (C,)),
-            "attn.attn.weight": Entry(("attention.query_key_value.weight",), (c.qkv_size, C)),
-            "attn.attn.bias": Entry(("attention.query_key_value.bias",), (c.qkv_size,)),
-            "attn.proj.weight": Entry(("attention.dense.weight",), (C, HD)),
-            "attn.proj.bias": Entry(("attention.dense.bias",), (C,)),
-            "norm_2.weight": Entry(("post_attention_layernorm.weight",), (C,)),
-            "norm_2.bias": Entry(("post_attention_layernorm.bias",), (C,)),
-            "mlp.fc.weight": Entry(("mlp.dense_h_to_4h.weight",), (F, C)),
-            "mlp.fc.bias": Entry(("mlp.dense_h_to_4h.bias",), (F,)),
-            "mlp.proj.weight": Entry(("mlp.dense_4h_to_h.weight",), (C, F)),
-            "mlp.proj.bias": Entry(("mlp.dense_4h_to_h.bias",), (C,)),
+        layers = "gpt_neox.layers"
+        table = {
+            "transformer.wte.weight": {"gpt_neox.embed_in.weight": (V, C)},
+            "{}.norm_1.weight": {"{}.input_layernorm.weight": (C,)},
+            "{}.norm_1.bias": {"{}.input_layernorm.bias": (C,)},
+            # (q k v) for each head, which is our interleaving where every head is a group
+            "{}.attn.attn.weight": {"{}.attention.query_key_value.weight": (c.qkv_size, C)},
+            "{}.attn.attn.bias": {"{}.attention.query_key_value.bias": (c.qkv_size,)},
+            "{}.attn.proj.weight": {"{}.attention.dense.weight": (C, HD)},
+            "{}.attn.proj.bias": {"{}.attention.dense.bias": (C,)},
+            "{}.norm_2.weight": {"{}.post_attention_layernorm.weight": (C,)},
+            "{}.norm_2.bias": {"{}.post_attention_layernorm.bias": (C,)},
+            "{}.mlp.fc.weight": {"{}.mlp.dense_h_to_4h.weight": (F, C)},
+            "{}.mlp.fc.bias": {"{}.mlp.dense_h_to_4h.bias": (F,)},
+            "{}.mlp.proj.weight": {"{}.mlp.dense_4h_to_h.weight": (C, F)},
+            "{}.mlp.proj.bias": {"{}.mlp.dense_4h_to_h.bias": (C,)},
+            "transformer.ln_f.weight": {"gpt_neox.final_layer_norm.weight": (C,)},
+            "transformer.ln_f.bias": {"gpt_neox.final_layer_norm.bias": (C,)},
+            "lm_head.weight": {"embed_out.weight": (V, C)},
         }
-        after = {
-            "transformer.ln_f.weight": Entry(("gpt_neox.final_layer_norm.weight",), (C,)),
-            "transformer.ln_f.bias": Entry(("gpt_neox.final_layer_norm.bias",), (C,)),
-        }
-        layers, head = "gpt_neox.layers", "embed_out.weight"
-    if not c.tie_embeddings:
-        after["lm_head.weight"] = Entry((head,), (V, C))
-    middle = {
-        f"transformer.h.{i}.{ours}": Entry(tuple(f"{layers}.{i}.{name}" for name in theirs), shape)
-        for i in range(c.n_layer)
-        for ours, (theirs, shape) in layer.items()
+    if c.tie_embeddings:
+        del table["lm_head.weight"]
+    return {
+        ours.format(f"transformer.h.{i}"): {name.format(f"{layers}.{i}"): shape for name, shape in theirs.items()}
+        for ours, theirs in table.items()
+        for i in (range(c.n_layer) if ours.startswith("{}") else [0])
     }
-    return {**before, **middle, **after}
+
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Our name -> shape."""
+    return {
+        ours: (sum(shape[0] for shape in theirs.values()), *next(iter(theirs.values()))[1:])
+        for ours, theirs in name_table(config).items()
+    }
 
 
 def split_qkv(qkv: torch.Tensor, config: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,7 +100,7 @@ def join_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config) 
 
 def to_hf(config: Config, weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Their (name, tensor) for all of our weights, in the order of the table."""
-    for ours, (theirs, _) in name_table(config).items():
+    for ours, theirs in name_table(config).items():
         parts = split_qkv(weights[ours], config) if len(theirs) == 3 else (weights[ours],)
         yield from zip(theirs, parts, strict=True)
 
@@ -105,18 +113,15 @@ def from_hf(config: Config, weights: Mapping[str, torch.Tensor]) -> LazyWeights:
             a model is trained in.
     """
     table = name_table(config)
-    _compare_names({name for entry in table.values() for name in entry.theirs}, weights, config)
+    _compare_names({name for theirs in table.values() for name in theirs}, weights, config)
 
-    def read(theirs: tuple[str, ...]) -> torch.Tensor:
+    def read(theirs: dict[str, tuple[int, ...]]) -> torch.Tensor:
+        for name, shape in theirs.items():
+            _compare_shape(name, weights[name], shape)
         parts = [weights[name] for name in theirs]
-        if len(parts) == 1:
-            return parts[0]
-        rows = [heads * config.head_size for heads in (config.n_head, config.n_query_groups, config.n_query_groups)]
-        for name, part, n in zip(theirs, parts, rows, strict=True):
-            _compare_shape(name, part, (n, config.n_embd))
-        return join_qkv(*parts, config)
+        return parts[0] if len(parts) == 1 else join_qkv(*parts, config)
 
-    ours = LazyWeights({name: lambda theirs=entry.theirs: read(theirs) for name, entry in table.items()})
+    ours = LazyWeights({name: lambda theirs=theirs: read(theirs) for name, theirs in table.items()})
     check_weights(config, ours)
     return ours
 
@@ -127,9 +132,9 @@ def check_weights(config: Config, weights: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ValueError: naming the tensors that are missing, left over, or of another shape or dtype.
     """
-    table = name_table(config)
-    _compare_names(set(table), weights, config)
-    for name, (_, shape) in table.items():
+    expected = shapes(config)
+    _compare_names(set(expected), weights, config)
+    for name, shape in expected.items():
         tensor = weights[name]
         _compare_shape(name, tensor, shape)
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -286,6 +291,7 @@ def export(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    special_ids: Mapping[str, int] | None = None,
 ) -> None:
     """Write config.json and the weights into `folder`, then read them again and compare, bit by bit.
 
@@ -293,6 +299,7 @@ def export(
         weights: ours, by name; read one at a time.
         folder: exists; see weights.whole_folder for one that does not outlive a failure.
         dtype: of the files; None keeps each tensor's own.
+        special_ids: bos_token_id and the like for config.json.
 
     Raises:
         ValueError: weights that are not the configuration's or not finite, or files that did not come back as written.
@@ -301,22 +308,15 @@ def export(
 
     hf_config = config_to_hf(config)
     check_weights(config, weights)
-    dtypes = {ours: dtype or weights[ours].dtype for ours in name_table(config)}
-    layout = {}
-    for ours, (theirs, shape) in name_table(config).items():
-        rows = [shape[0]] if len(theirs) == 1 else [config.n_head * config.head_size]
-        rows += [config.n_query_groups * config.head_size] * (len(theirs) - 1)
-        layout.update({name: ((n, *shape[1:]), dtypes[ours]) for name, n in zip(theirs, rows, strict=True)})
-
+    dtypes = {ours: dtype or weights[ours].dtype for ours in shapes(config)}
+    layout = {
+        name: (shape, dtypes[ours]) for ours, theirs in name_table(config).items() for name, shape in theirs.items()
+    }
     widest = max(dtypes.values(), key=lambda d: d.itemsize)
-    write_json(folder / "config.json", {**hf_config, "torch_dtype": str(widest).removeprefix("torch.")})
+    hf_config |= {**(special_ids or {}), "torch_dtype": str(widest).removeprefix("torch.")}
+    write_json(folder / "config.json", hf_config)
     tensors = ((name, check_finite(name, tensor)) for name, tensor in to_hf(config, weights))
-    write_safetensors(
-        folder,
-        layout,
-        tqdm(tensors, "writing", len(layout), unit=" tensors"),
-        max_shard_bytes,
-    )
+    write_safetensors(folder, layout, tqdm(tensors, "writing", len(layout), unit=" tensors"), max_shard_bytes)
     verify(config, weights, folder, dtypes)
 
 
@@ -329,7 +329,7 @@ def verify(
     read_config, read = read_hf(folder)
     if read_config != config:
         raise ValueError(f"{folder}: config.json came back as another configuration: {read_config}, not {config}")
-    for name in tqdm(name_table(config), "verifying", unit=" tensors"):
+    for name in tqdm(dtypes, "verifying", unit=" tensors"):
         if not same_bits(weights[name].to(dtypes[name]), read[name]):
             raise ValueError(f"{folder}: {name} came back with other values than were written")
 

@@ -7,7 +7,6 @@ What is accepted: a run (its latest checkpoint), a step-N checkpoint of it, a Hu
 scripts/convert_hf_checkpoint.py wrote (lit_config.json and lit_model.safetensors), and the original TinyLlama's .pth.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ import torch
 
 from lit_gpt import checkpoint
 from lit_gpt.config import Config
-from lit_gpt.hf import check_finite, check_weights, name_table, read_hf, same_bits
+from lit_gpt.hf import check_finite, check_weights, read_hf, same_bits, shapes
 from lit_gpt.kernels import Kernels
 from lit_gpt.model import GPT, accept_published_names
-from lit_gpt.tokenizer import TOKENIZER_FILES
+from lit_gpt.tokenizer import TOKENIZER_FILES, Tokenizer
 from lit_gpt.weights import load_pickle, open_weights, read_json, write_json, write_safetensors
 
 LIT_CONFIG, LIT_MODEL = "lit_config.json", "lit_model.safetensors"
@@ -31,7 +30,7 @@ class Pretrained:
     """Where the weights are: the checkpoint that was chosen, where a run was given."""
     config: Config
     weights: Mapping[str, torch.Tensor]
-    """By our names, without a tied head; from a Hugging Face folder or a file, each is read when it is asked for."""
+    """By our names; from a Hugging Face folder or a file, each is read when it is asked for."""
     tokenizer: Path | None = None
     """Folder of the tokenizer files that came with it."""
     tokenizer_sha256: str | None = None
@@ -67,7 +66,7 @@ def open_pretrained(path: Path, model_name: str | None = None) -> Pretrained:
         step_dir = path if (path / checkpoint.META).is_file() else runs[-1]
         meta = checkpoint.check(step_dir)
         config = _config(meta["config"], step_dir / checkpoint.META)
-        weights = {k: v for k, v in checkpoint.load_weights(step_dir).items() if k in name_table(config)}
+        weights = checkpoint.load_weights(step_dir)
         sha256 = (meta.get("tokenizer") or {}).get("sha256")
         tokenizer = _tokenizer_folder(step_dir.resolve().parent / "tokenizer")
         found = Pretrained(step_dir, config, weights, tokenizer, sha256, meta.get("delimiters"))
@@ -112,13 +111,17 @@ def _tokenizer_folder(folder: Path) -> Path | None:
     return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
 
 
-def refuse_other_tokenizer(found: Pretrained, tokenizer_file: Path) -> None:
-    """Raise ValueError when the model was trained on the ids of another tokenizer than this file's."""
-    sha256 = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
-    if found.tokenizer_sha256 not in (None, sha256):
+def refuse_other_tokenizer(found: Pretrained, tokenizer: Tokenizer) -> None:
+    """Raise ValueError when the model was trained on another tokenizer's ids, or has no row for some of this one's."""
+    if found.tokenizer_sha256 not in (None, tokenizer.sha256):
         raise ValueError(
-            f"{tokenizer_file} (sha256 {sha256[:12]}..) is not the tokenizer of the training data of {found.path} "
-            f"(sha256 {found.tokenizer_sha256[:12]}..)"
+            f"{tokenizer.path} (sha256 {tokenizer.sha256[:12]}..) is not the tokenizer of the training data of "
+            f"{found.path} (sha256 {found.tokenizer_sha256[:12]}..)"
+        )
+    if tokenizer.vocab_size > found.config.padded_vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} ids, and the model in {found.path} has "
+            f"{found.config.padded_vocab_size}"
         )
 
 
@@ -131,7 +134,7 @@ def load_model(
     """The model with these weights, in evaluation mode. dtype None: each weight's own."""
     with torch.device("meta"):
         model = GPT(found.config, kernels)
-    state = {name: found.weights[name].to(device, dtype) for name in name_table(found.config)}
+    state = {name: found.weights[name].to(device, dtype) for name in shapes(found.config)}
     if found.config.tie_embeddings:
         state["lm_head.weight"] = state["transformer.wte.weight"]
     model.load_state_dict(state, assign=True)
@@ -151,7 +154,7 @@ def write_lit(found: Pretrained, folder: Path) -> None:
     def finite(name: str) -> tuple[str, torch.Tensor]:
         return name, check_finite(name, found.weights[name])
 
-    layout = {name: (shape, found.weights[name].dtype) for name, (_, shape) in name_table(found.config).items()}
+    layout = {name: (shape, found.weights[name].dtype) for name, shape in shapes(found.config).items()}
     write_json(folder / LIT_CONFIG, found.config.to_dict())
     stem = LIT_MODEL.removesuffix(".safetensors")
     tensors = tqdm(map(finite, layout), "writing", len(layout), unit=" tensors")

@@ -171,6 +171,14 @@ def _write_tensor(f: BinaryIO, tensor: torch.Tensor) -> None:
     f.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
+def parse_bytes(size: str) -> int:
+    """ "5GB" -> 5_000_000_000. Raises ValueError for anything but a number and KB, MB, GB or nothing."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)B?", size.strip(), re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"{size!r} is not a size. Write for example 5GB or 500MB")
+    return int(float(match[1]) * 1000 ** " KMG".index(match[2].upper() or " "))
+
+
 @contextmanager
 def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.

@@ -1,0 +1,86 @@
+"""Our checkpoint -> a Hugging Face folder that AutoModelForCausalLM and AutoTokenizer load as it is.
+
+    python scripts/convert_lit_checkpoint.py --checkpoint_dir out/tiny_LLaMA_1b --out_dir out/tiny_LLaMA_1b/hf
+
+What was written is read again, mapped back and compared bit by bit, and its logits in fp32 are compared with those of
+transformers where that is installed. If anything differs there is an error, exit code 1, and no folder.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lit_gpt.cli import one_line_errors, parse
+from lit_gpt.hf import export, shapes
+from lit_gpt.hf_tokenizer import export_tokenizer
+from lit_gpt.pretrained import difference_from_transformers, open_pretrained, refuse_other_tokenizer
+from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.weights import parse_bytes, whole_folder
+
+LOGITS_TOLERANCE = 1e-5  # relative to the largest logit; fp32 sums in another order give about 1e-6
+
+
+def main(
+    checkpoint_dir: Path,
+    out_dir: Path,
+    tokenizer_path: Path | None = None,
+    model_name: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Convert our checkpoint to a Hugging Face folder, verified as it is written.
+
+    Args:
+        checkpoint_dir: A run (its latest checkpoint is taken), a step-* checkpoint, a folder that
+            convert_hf_checkpoint.py wrote, or a .pth file of the original TinyLlama.
+        out_dir: Appears when all of it is written and verified.
+        tokenizer_path: Folder or file of the tokenizer; default: the one that is kept with the checkpoint.
+        model_name: The preset of a .pth file that does not say.
+        dtype: Of the weights; default: what the checkpoint holds, which is float32 for our runs.
+        max_shard_size: Largest safetensors file, such as 5GB or 500MB; more are written, with an index, where needed.
+        overwrite: Replace out_dir if it exists.
+    """
+    max_shard_bytes = parse_bytes(max_shard_size)
+    found = open_pretrained(checkpoint_dir, model_name)
+    print(f"{found.path}: {found.config.name}")
+    tokenizer_path = tokenizer_path or found.tokenizer
+    if tokenizer_path is not None:
+        tokenizer = Tokenizer(tokenizer_path)
+        refuse_other_tokenizer(found, tokenizer)
+
+    with whole_folder(out_dir, overwrite) as folder:
+        special_ids = {}
+        if tokenizer_path is not None:
+            add_bos = "bos" in (found.delimiters or "bos+eos")
+            special_ids = export_tokenizer(tokenizer_path, folder, add_bos=add_bos, max_length=found.config.block_size)
+        export(
+            found.config,
+            found.weights,
+            folder,
+            dtype=getattr(torch, dtype) if dtype else None,
+            max_shard_bytes=max_shard_bytes,
+            special_ids=special_ids,
+        )
+        config, size = found.config, sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        del found  # the check below holds a model of its own
+        difference = difference_from_transformers(folder)
+        if difference is not None and not difference <= LOGITS_TOLERANCE:
+            raise ValueError(
+                f"{out_dir} was not written: its logits differ from transformers' by {difference:.1e} of the largest"
+            )
+
+    parameters = sum(torch.Size(shape).numel() for shape in shapes(config).values())
+    print(f"{out_dir}: {parameters:,} parameters, {size:,} bytes; bit by bit what the checkpoint holds")
+    if difference is None:
+        print("logits not compared: transformers is not installed (pip install transformers)")
+    else:
+        print(f"logits equal transformers' to {difference:.1e} of the largest")
+    if tokenizer_path is None:
+        print("no tokenizer is known for this checkpoint: give --tokenizer_path to have it written too")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        parse(main)
