@@ -46,7 +46,7 @@ CHECK_EVERY = 1000
 TOTALS = ("documents", "tokens", "text_bytes")
 NOT_YET = dict.fromkeys(TOTALS, 0) | {"shards": [], "complete": False}
 """What the manifest says of itself while the journal keeps the accounts"""
-ANEW = "--overwrite begins anew, another --destination_path keeps both"
+ANEW = "--overwrite true begins anew, another --destination_path keeps both"
 
 
 # --- in a worker: text to tokens -------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class UnitEncoder:
         if (text := self.encoder.disagreement(sample)) is not None:
             raise ValueError(
                 f"gigatoken's ids differ from the reference tokenizer's on the document that begins {text[:60]!r}; "
-                "start again with --engine reference --overwrite, which is slow and right"
+                "start again with --engine reference --overwrite true, which is slow and right"
             )
 
     def _delimit(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -253,8 +253,8 @@ class PrepareArgs:
     """Folder for the shards."""
     percentage: float = 1.0
     """Fraction of the files to take, from the first on."""
-    filenames_subset: list[str] | None = None
-    """Take only files with one of these in their path."""
+    filenames_subset: list[str] | str | None = None
+    """Take only files with this, or one of [these, in, brackets], in their path."""
     chunk_size: int = 2049 * 1024
     """Tokens in a shard; the last shard has as many as are left."""
     delimiters: Literal["bos+eos", "eos", "bos", "none"] = "bos+eos"
@@ -277,6 +277,8 @@ class PrepareArgs:
     def __post_init__(self) -> None:
         """Raises: ValueError naming every flag that is wrong."""
         self.source_path, self.destination_path = Path(self.source_path), Path(self.destination_path)
+        if isinstance(self.filenames_subset, str):
+            self.filenames_subset = [self.filenames_subset]
         self.processes = self.processes if self.processes is not None else len(os.sched_getaffinity(0))
         rules = [
             (0 < self.percentage <= 1, f"--percentage {self.percentage} is not above 0 and at most 1"),

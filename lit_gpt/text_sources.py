@@ -144,10 +144,8 @@ def open_source(path: str | Path) -> "JsonLines | Parquet | Arrow | PlainText":
         return PlainText(path)
     if kind in (".parquet", ".arrow") and name.endswith(kind):
         return {".parquet": Parquet, ".arrow": Arrow}[kind](path)
-    raise ValueError(
-        f"{path}: do not know how to read this kind of file; known are "
-        f"{', '.join(TABLE_SUFFIXES)}, and {', '.join(TEXT_SUFFIXES)} with or without {' or '.join(COMPRESSIONS)} after it"
-    )
+    known = ", ".join([*TABLE_SUFFIXES, *TEXT_SUFFIXES])
+    raise ValueError(f"{path}: this kind of file is not known; known are {known}, the text files also as .zst or .gz")
 
 
 # --- bytes and lines -------------------------------------------------------------------------------------------------

@@ -32,8 +32,9 @@ class PrepareDatasetArgs(PrepareArgs):
     """Name of the shards."""
     text_key: str = "text"
     """Where the text of a record is; dots go into nested objects."""
-    filter: list[str] | None = None
-    """Which records to take, by their metadata: key=value keeps, key!=value leaves out; all have to hold."""
+    filter: list[str] | str | None = None
+    """Which records to take, by their metadata: key=value keeps, key!=value leaves out; of several in brackets all have
+    to hold."""
     subset_key: str | None = None
     """Metadata by which the summary counts; by default the first folder below source_path."""
     split: str = "train"
@@ -65,7 +66,8 @@ def main(args: PrepareDatasetArgs) -> None:
     if str(args.source_path).startswith("hf:"):
         folder, patterns = dataset_files(str(args.source_path).removeprefix("hf:"), args.split)
         args = replace(args, source_path=folder)
-    fields = Fields(args.text_key, tuple(map(Filter.parse, args.filter or [])), args.subset_key)
+    filters = [args.filter] if isinstance(args.filter, str) else args.filter or []
+    fields = Fields(args.text_key, tuple(map(Filter.parse, filters)), args.subset_key)
     prepare(args, args.prefix, patterns, fields)
 
 

@@ -48,7 +48,7 @@ def main(args: TrainTokenizerArgs) -> None:
     name = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}[args.kind]
     out_file = args.destination_path / name
     if out_file.exists() and not args.overwrite:
-        raise ValueError(f"{out_file} exists; --overwrite replaces it")
+        raise ValueError(f"{out_file} exists; --overwrite true replaces it")
     files = find_files(args.source_path, ANY_TEXT)
     texts = sample(files, args.text_keys, args.max_bytes)
     train = {"sentencepiece": train_sentencepiece, "tokenizers": train_tokenizers}[args.kind]
