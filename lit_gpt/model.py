@@ -13,10 +13,12 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lit_gpt.config import Config
-from lit_gpt.kernels import Kernels
+from lit_gpt.kernels import ComputeWeights, Kernels, embedding, linear
 from lit_gpt.kernels.rope import rope_tables
+from lit_gpt.kernels.swiglu import swiglu
 
 
 class GPT(nn.Module):
@@ -26,15 +28,19 @@ class GPT(nn.Module):
         self.kernels = kernels or Kernels()
         self.transformer = nn.ModuleDict(
             dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                wte=Embedding(config.padded_vocab_size, config.n_embd),
                 h=nn.ModuleList(Block(config, self.kernels) for _ in range(config.n_layer)),
                 ln_f=make_norm(config, self.kernels),
             )
         )
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._compute_weights: ComputeWeights | None = None
+        self.recompute = False
+        """Keep no activations inside a block for the backward but compute them again: a quarter more work, and memory
+        for activations falls from about 24 C elements a token and layer to 2 C."""
         self.register_load_state_dict_pre_hook(accept_published_names)
 
     def forward(
@@ -44,6 +50,7 @@ class GPT(nn.Module):
         *,
         cache: "KVCache | None" = None,
         positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
         reduction: str = "sum",
     ) -> torch.Tensor:
         """Logits, or the loss where targets are given.
@@ -53,6 +60,8 @@ class GPT(nn.Module):
             targets: (B, T) ids that should follow, IGNORE_INDEX where nothing is asked.
             cache: keys and values of earlier tokens; this call's are written into it at `positions`.
             positions: (T,), or (B, T) where the rows are at different places; default 0..T-1.
+            cu_seqlens: (documents + 1,) int32: where documents begin in the B·T tokens laid end to end, and B·T; a
+                token then sees its own document only. Not together with a cache.
             reduction: "sum", or "none" for the loss of every token, (B, T), zero where ignored. Nothing here divides:
                 a batch is spread over micro-batches and ranks, and only the caller knows its number of valid targets.
 
@@ -65,20 +74,22 @@ class GPT(nn.Module):
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit the model's block_size of {self.config.block_size}")
-        cos, sin = self.rope(idx.device)
-        mask = None
-        if cache is not None:
-            positions = torch.arange(T, device=idx.device) if positions is None else positions
-            cos, sin = cos[positions], sin[positions]  # (T, R/2) or (B, T, R/2)
-            mask = cache.mask(positions)  # (1 or B, 1, T, S)
-        else:
-            assert positions is None, "positions without a cache"
-            cos, sin = cos[:T], sin[:T]
+        if self._compute_weights is not None:
+            self._compute_weights.refresh()
+        if cache is not None and positions is None:
+            positions = torch.arange(T, device=idx.device)
+        cos, sin = (table[:T] if positions is None else table[positions] for table in self.rope(idx.device))
+        mask = None if cache is None else cache.mask(positions)  # (1 or B, 1, T, S)
 
-        x = self.transformer.wte(idx)  # (B, T, C)
+        # The residual stream is x + delta: each norm's kernel does the addition that the sublayer before it left over.
+        x, delta = self.transformer.wte(idx), None  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cos, sin, mask, None if cache is None else cache.layer(i, positions))
-        x = self.transformer.ln_f(x)
+            layer = None if cache is None else cache.layer(i, positions)
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x, delta = checkpoint(block, x, delta, cos, sin, mask, cu_seqlens, layer, use_reentrant=False)
+            else:
+                x, delta = block(x, delta, cos, sin, mask, cu_seqlens, layer)
+        _, x = self.transformer.ln_f(x, delta)
 
         if targets is None:
             return self.lm_head(x)
@@ -93,6 +104,12 @@ class GPT(nn.Module):
             c = self.config
             self._rope = rope_tables(c.block_size, c.rope_n_elem, c.rope_base, c.condense_ratio, device)
         return self._rope
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Run the matrix products, and the activations between them, in `dtype` over the fp32 parameters, which stay
+        what an optimizer steps and a checkpoint holds; gradients are fp32 and accumulate in fp32. Call it when the
+        parameters are on their device. (Sharded models get the same from FSDP's MixedPrecisionPolicy.)"""
+        self._compute_weights = ComputeWeights(self, dtype)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -125,15 +142,21 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        delta: torch.Tensor | None,
         cos: torch.Tensor,
         sin: torch.Tensor,
         mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
         cache: "LayerCache | None" = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual stream in and out as (x, delta), whose sum it is; delta None is 0."""
+        x, y = self.norm_1(x, delta)
+        delta = self.attn(y, cos, sin, mask, cu_seqlens, cache)
         if self.parallel_residual:
-            return x + self.attn(self.norm_1(x), cos, sin, mask, cache) + self.mlp(self.norm_2(x))
-        x = x + self.attn(self.norm_1(x), cos, sin, mask, cache)
-        return x + self.mlp(self.norm_2(x))
+            _, y = self.norm_2(x)
+            return x, delta + self.mlp(y)
+        x, y = self.norm_2(x, delta)
+        return x, self.mlp(y)
 
 
 class CausalSelfAttention(nn.Module):
@@ -141,8 +164,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         bias = config.family == "gptneox"
         # Query, key and value in one, interleaved by query group: (q .. q k v) (q .. q k v) ..
-        self.attn = nn.Linear(config.n_embd, config.qkv_size, bias=bias)
-        self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=bias)
+        self.attn = Linear(config.n_embd, config.qkv_size, bias=bias)
+        self.proj = Linear(config.n_head * config.head_size, config.n_embd, bias=bias)
         self.config, self.kernels = config, kernels
 
     def forward(
@@ -151,33 +174,38 @@ class CausalSelfAttention(nn.Module):
         cos: torch.Tensor,
         sin: torch.Tensor,
         mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
         cache: "LayerCache | None" = None,
     ) -> torch.Tensor:
         c = self.config
         q, k, v = self.kernels.split_rope(self.attn(x), cos, sin, c.n_query_groups, c.head_size)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, S, G, D)
-        y = self.kernels.attention(q, k, v, mask)  # (B, T, H, D)
+        y = self.kernels.attention(q, k, v, mask, cu_seqlens)  # (B, T, H, D)
         return self.proj(y.flatten(2))
 
 
 class LLaMAMLP(nn.Module):
     def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
-        self.fc_1 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.fc_2 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.fc_1 = Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.fc_2 = Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.proj = Linear(config.intermediate_size, config.n_embd, bias=False)
         self.kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(self.kernels.swiglu(self.fc_1(x), self.fc_2(x)))
+        if any(
+            type(m) is not Linear for m in (self.fc_1, self.fc_2, self.proj)
+        ):  # an adapter, which has its own forward
+            return self.proj(swiglu(self.fc_1(x), self.fc_2(x)))
+        return self.kernels.swiglu_mlp(x, self.fc_1.weight, self.fc_2.weight, self.proj.weight)
 
 
 class GptNeoxMLP(nn.Module):
     def __init__(self, config: Config, kernels: Kernels) -> None:
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, config.intermediate_size)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd)
+        self.fc = Linear(config.n_embd, config.intermediate_size)
+        self.proj = Linear(config.intermediate_size, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(F.gelu(self.fc(x)))
@@ -189,14 +217,35 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.eps, self.kernels = config.norm_eps, kernels
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernels.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + delta, and its norm."""
+        if delta is None:
+            return x, self.kernels.rms_norm(x, self.weight, self.eps)
+        return self.kernels.add_rms_norm(x, delta, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + delta, and its norm."""
+        x = x if delta is None else x + delta
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return x, F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 def make_norm(config: Config, kernels: Kernels) -> nn.Module:
     if config.family == "gptneox":
-        return nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        return LayerNorm(config.n_embd, eps=config.norm_eps)
     return RMSNorm(config, kernels)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return embedding(idx, self.weight)
 
 
 class KVCache:

@@ -7,18 +7,21 @@
 A backend is chosen once, here; it appears neither in Config nor in a parameter's name.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from lit_gpt.kernels import attention as _attention
 from lit_gpt.kernels.attention import attention
 from lit_gpt.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy
-from lit_gpt.kernels.rmsnorm import rms_norm
+from lit_gpt.kernels.linear import ComputeWeights, embedding, linear
+from lit_gpt.kernels.rmsnorm import add_rms_norm, rms_norm
 from lit_gpt.kernels.rope import split_rope
-from lit_gpt.kernels.swiglu import swiglu
+from lit_gpt.kernels.swiglu import swiglu_mlp
 
-__all__ = ["IGNORE_INDEX", "Kernels", "select_kernels"]
+__all__ = ["IGNORE_INDEX", "ComputeWeights", "Kernels", "embedding", "linear", "select_kernels"]
 
 
 @dataclass(frozen=True)
@@ -27,25 +30,85 @@ class Kernels:
 
     attention: Callable = attention
     rms_norm: Callable = rms_norm
+    add_rms_norm: Callable = add_rms_norm
     split_rope: Callable = split_rope
-    swiglu: Callable = swiglu
+    swiglu_mlp: Callable = swiglu_mlp
     linear_cross_entropy: Callable = linear_cross_entropy
+    compile_blocks: bool = False
+    """The elementwise operations are PyTorch's, to be fused by block.compile()."""
     choices: tuple[tuple[str, str, str], ...] = ()
     """(operation, backend, why), for table()."""
 
     def table(self) -> str:
         """What runs underneath, and why nothing faster does: one line an operation."""
-        return "\n".join(f"  {op:<22}{backend:<10}{why}" for op, backend, why in self.choices)
+        return "\n".join(f"  {op:<22}{backend:<10}{why}".rstrip() for op, backend, why in self.choices)
+
+
+ELEMENTWISE = ("rms_norm", "add_rms_norm", "split_rope", "swiglu_mlp", "linear_cross_entropy")
 
 
 def select_kernels(name: str = "auto", *, device: torch.device, dtype: torch.dtype) -> Kernels:
     """The backends named, or for `auto` the fastest that work on this device and dtype.
 
+    Args:
+        name: "auto"; or one for attention (fa4, fa2, cudnn, flash, xformers, math, torch), one for the rest (triton;
+            torch; compile: torch's, fused by block.compile()), or both joined by a plus, as "triton+cudnn". What is
+            not named is chosen as by "auto", except that "torch" alone means the references throughout.
+
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a backend that cannot run on this device and dtype.
         ImportError: a backend that was asked for by name is not installed; the message holds the install command.
     """
-    if name not in ("auto", "torch"):
-        raise ValueError(f"unknown kernels {name!r}. Known: auto, torch")
-    ops = ("attention", "rms_norm", "split_rope", "swiglu", "linear_cross_entropy")
-    return Kernels(choices=tuple((op, "torch", "") for op in ops))
+    rest_names = ("triton", "compile", "torch")
+    attention_name = rest_name = "auto"
+    for part in name.split("+"):
+        if part in rest_names and rest_name == "auto":
+            rest_name = part
+        elif part in _attention.NAMES and attention_name == "auto":
+            attention_name = part
+        elif part != "auto":
+            known = ", ".join(dict.fromkeys(("auto", *rest_names, *_attention.NAMES)))
+            raise ValueError(f"unknown kernels {part!r} in {name!r}. Known: {known}; join two by a plus: triton+cudnn")
+    if name == "torch":
+        attention_name = "torch"
+
+    rest, why_rest = _choose(rest_name, ("triton", "torch"), lambda n: _usable(n, device, dtype))
+    # By measurement on an H100: fa4 >= cudnn > fa2 = flash.
+    order = ("fa4", "cudnn", "fa2", "flash", "torch")
+    attend, why_attend = _choose(attention_name, order, lambda n: _attention.usable(n, device, dtype))
+    functions = {"attention": _attention.load(attend)}
+    if rest == "triton":
+        from lit_gpt.kernels import fused
+
+        functions |= {op: getattr(fused, op) for op in ELEMENTWISE}
+    choices = (("attention", attend, why_attend), *((op, rest, why_rest) for op in ELEMENTWISE))
+    return Kernels(**functions, compile_blocks=rest == "compile", choices=choices)
+
+
+def _choose(name: str, fastest_first: tuple[str, ...], why_not: Callable[[str], str]) -> tuple[str, str]:
+    """The backend, and why none that is faster: the first that works, or the one named, which must."""
+    if name != "auto":
+        problem = why_not(name)
+        if problem:
+            error = ImportError if "not installed" in problem else ValueError
+            raise error(f"kernels {name!r}: {problem}")
+        return name, "as asked"
+    problems = []
+    for candidate in fastest_first:
+        problem = why_not(candidate)
+        if not problem:
+            return candidate, "; ".join(problems)
+        problems.append(f"{candidate} {problem}")
+    raise AssertionError("the last candidate always works")
+
+
+def _usable(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    if name == "torch":
+        return ""
+    if device.type != "cuda":
+        return "needs a CUDA GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "not installed: pip install triton"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "needs compute capability 7.0"
+    return ""

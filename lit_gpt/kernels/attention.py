@@ -3,25 +3,146 @@
 B batch, T query positions, S key positions, H query heads, G key/value heads (H a multiple of G), D head size.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+INSTALL = {
+    "fa4": 'pip install --pre "flash-attn-4[cu13]"  (Hopper or newer)',
+    "fa2": "pip install flash-attn --no-build-isolation",
+    "xformers": "pip install xformers",
+}
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
     """softmax(q kᵀ / √D) v, every group of H / G query heads sharing one key/value head.
 
     Args:
         q: (B, T, H, D).
         k, v: (B, S, G, D).
         mask: True where a query may look, broadcastable to (B, 1, T, S); None: causal, which needs T == S.
+        cu_seqlens: (documents + 1,) int32: where each document begins in the B·T tokens laid end to end, and B·T;
+            documents look only at themselves. Empty ones are allowed.
 
     Returns:
         (B, T, H, D).
     """
-    assert mask is not None or q.size(1) == k.size(1), (
-        "over a cache, give a mask: is_causal is top-left"
-    )
+    assert mask is not None or q.size(1) == k.size(1), "over a cache, give a mask: is_causal is top-left"
+    if cu_seqlens is not None:
+        mask = document_mask(cu_seqlens, q.size(0), q.size(1))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.size(1) != k.size(1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     return out.transpose(1, 2)
+
+
+def document_mask(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:
+    """What `cu_seqlens` allows, as a mask: (B, 1, T, T), True at and before a token in its own document."""
+    position = torch.arange(B * T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, position, right=True).view(B, T)
+    same = document[:, :, None] == document[:, None, :]
+    return (same & torch.ones(T, T, dtype=torch.bool, device=same.device).tril())[:, None]
+
+
+def sdpa(backend: SDPBackend) -> Callable:
+    """`attention` through one backend of F.scaled_dot_product_attention."""
+
+    @functools.wraps(attention)
+    def forced(q, k, v, mask=None, cu_seqlens=None):
+        if mask is not None or cu_seqlens is not None:  # only some backends take a mask: torch chooses
+            return attention(q, k, v, mask, cu_seqlens)
+        with sdpa_kernel(backend):
+            return attention(q, k, v)
+
+    return forced
+
+
+def flash_package(causal: Callable, varlen: Callable) -> Callable:
+    """`attention` through a flash-attn package, whose kernels know causal and document masks, but no others."""
+
+    @functools.wraps(attention)
+    def flash(q, k, v, mask=None, cu_seqlens=None):
+        if mask is not None:
+            return attention(q, k, v, mask)
+        if cu_seqlens is None:
+            return causal(q, k, v)
+        B, T = q.shape[:2]
+        flat = varlen(*(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens, T)  # no document is longer than its row
+        return flat.view(q.shape)
+
+    return flash
+
+
+def load(name: str) -> Callable:
+    """The attention called `name`. Raises ImportError if its package is missing."""
+    if name in ("cudnn", "flash", "math"):
+        names = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+        return sdpa(names[name])
+    if name == "fa4":
+        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+        def causal(q, k, v):
+            return _first(flash_attn_func(q, k, v, causal=True))
+
+        def varlen(q, k, v, cu, longest):
+            kwargs = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+            return _first(flash_attn_varlen_func(q, k, v, causal=True, **kwargs))
+
+        return flash_package(causal, varlen)
+    if name == "fa2":
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+        return flash_package(
+            lambda q, k, v: flash_attn_func(q, k, v, causal=True),
+            lambda q, k, v, cu, longest: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True),
+        )
+    if name == "xformers":
+        from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+        @functools.wraps(attention)
+        def xformers(q, k, v, mask=None, cu_seqlens=None):
+            if mask is not None or cu_seqlens is not None:
+                return attention(q, k, v, mask, cu_seqlens)
+            B, T, H, D = q.shape
+            G = k.size(2)
+            q = q.view(B, T, G, H // G, D)
+            k, v = (x[:, :, :, None].expand(B, T, G, H // G, D) for x in (k, v))
+            return memory_efficient_attention(q, k, v, LowerTriangularMask()).reshape(B, T, H, D)
+
+        return xformers
+    return attention
+
+
+def _first(result: torch.Tensor | tuple) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result  # versions differ in whether the log-sum-exp comes along
+
+
+NAMES = ("fa4", "fa2", "cudnn", "flash", "xformers", "math", "torch")
+
+
+def usable(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why this attention cannot run forward and backward here; "" if it can. Tried on a small problem, since what a
+    version of a package supports is best known by itself."""
+    if name == "torch" or (name == "math"):
+        return ""
+    if device.type != "cuda":
+        return "needs a CUDA GPU"
+    try:
+        q, k, v = (
+            torch.randn(1, 128, heads, 64, device=device, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)
+        )
+        load(name)(q, k, v).sum().backward()
+    except ImportError:
+        return f"not installed: {INSTALL[name]}"
+    except Exception as e:  # whatever a foreign package raises, it does not work here
+        return f"fails here: {str(e).strip().splitlines()[0][:80] if str(e).strip() else type(e).__name__}"
+    return ""

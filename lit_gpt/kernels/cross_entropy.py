@@ -4,17 +4,16 @@ N tokens, C width, V rows of the head.
 """
 
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lit_gpt.kernels.linear import linear
+
 IGNORE_INDEX = -100  # a target of this value contributes neither loss nor gradient
-
-
-CHUNK = 4096  # tokens whose logits exist at a time
+CHUNK = 8192  # tokens whose logits exist at a time
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str = "sum"
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str = "sum", z_loss: float = 0.0
 ) -> torch.Tensor:
     """Cross-entropy of targets under softmax(hidden @ weightᵀ), from the hidden states before the head.
 
@@ -25,16 +24,26 @@ def linear_cross_entropy(
         weight: (V, C), the head.
         targets: (N,) int64 in [0, V), or IGNORE_INDEX.
         reduction: "sum" (a scalar) or "none" (N,). There is no mean: see GPT.forward.
+        z_loss: adds z_loss · log²(Σ exp(logits)) to each token's loss, which keeps logits from drifting (PaLM,
+            arXiv:2204.02311, section 5).
 
     Returns:
         fp32 loss in nats, zero for ignored targets.
     """
 
     def chunk_loss(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy((h @ weight.T).float(), t, reduction=reduction, ignore_index=IGNORE_INDEX)
+        logits = linear(h, weight).float()
+        valid = t != IGNORE_INDEX
+        lse = logits.logsumexp(-1)
+        loss = lse - logits.gather(-1, t.where(valid, 0)[:, None])[:, 0] + z_loss * lse.square()
+        loss = loss.where(valid, 0.0)
+        return loss.sum() if reduction == "sum" else loss
 
-    losses = [
-        checkpoint(chunk_loss, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    ]
+    if len(hidden) == 0:
+        return hidden.new_zeros((), dtype=torch.float32) if reduction == "sum" else hidden.new_zeros(0)
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    if torch.is_grad_enabled():
+        losses = [checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks]
+    else:
+        losses = [chunk_loss(h, t) for h, t in chunks]
     return torch.stack(losses).sum() if reduction == "sum" else torch.cat(losses)

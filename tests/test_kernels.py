@@ -1,0 +1,386 @@
+"""Each fast kernel against the reference in fp32, forward and backward, on odd shapes; and what selects them.
+
+Without a GPU, Triton's interpreter runs the same kernels on the CPU.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: by the first test that needs it
+
+from lit_gpt.config import Config
+from lit_gpt.kernels import IGNORE_INDEX, ComputeWeights, cross_entropy, linear, rmsnorm, rope, select_kernels, swiglu
+from lit_gpt.kernels.attention import NAMES, attention, document_mask, load, usable
+from lit_gpt.model import GPT
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Largest error allowed, relative to the largest element of the fp32 reference.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture
+def fused():
+    pytest.importorskip("triton", reason="the fused kernels need triton")
+    from triton import knobs
+
+    if DEVICE.type == "cpu" and not knobs.runtime.interpret:
+        pytest.skip("triton was imported without TRITON_INTERPRET=1")
+    from lit_gpt.kernels import fused
+
+    return fused
+
+
+def randn(*shape, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(DEVICE)
+
+
+def results(function, inputs, dtype, seeds=(11, 12, 13)):
+    """Outputs of function(*inputs in dtype), then the gradients of its floating-point inputs for random ones of the
+    outputs, which are the same whatever the dtype."""
+    inputs = [
+        x.to(dtype).detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in inputs
+    ]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [randn(*o.shape, seed=s).to(dtype).to(o.dtype) for o, s in zip(outputs, seeds, strict=False)]
+    torch.autograd.backward(outputs, grads)
+    return [o.detach() for o in outputs] + [x.grad for x in inputs if getattr(x, "requires_grad", False)]
+
+
+def assert_matches(fast, reference, inputs, dtype):
+    """fast in dtype against reference in fp32 on the same (rounded) inputs."""
+    rounded = [x.to(dtype).float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    for i, (ours, exact) in enumerate(
+        zip(results(fast, inputs, dtype), results(reference, rounded, torch.float32), strict=True)
+    ):
+        assert ours.shape == exact.shape
+        error = (ours.float() - exact).abs().max() / exact.abs().max().clamp(min=1e-6)
+        assert error < TOLERANCE[dtype], f"result {i}: error {error:.2e}"
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 8), (3, 5, 100), (2, 7, 256)], ids=str)
+def test_rms_norm(fused, shape, dtype):
+    inputs = [randn(*shape), 1 + 0.3 * randn(shape[-1])]
+    assert_matches(lambda x, w: fused.rms_norm(x, w, 1e-5), lambda x, w: rmsnorm.rms_norm(x, w, 1e-5), inputs, dtype)
+    inputs.insert(1, randn(*shape, seed=1))
+    assert_matches(
+        lambda x, d, w: fused.add_rms_norm(x, d, w, 1e-5),
+        lambda x, d, w: rmsnorm.add_rms_norm(x, d, w, 1e-5),
+        inputs,
+        dtype,
+    )
+
+
+def test_rms_norm_alone_of_its_two_outputs_may_be_used(fused):
+    x, delta, w = (randn(3, 16, seed=s).requires_grad_() for s in (0, 1, 2))
+    fused.add_rms_norm(x, delta, w[0], 1e-5)[1].sum().backward()
+    ours = x.grad.clone()
+    x.grad = None
+    rmsnorm.add_rms_norm(x, delta, w[0], 1e-5)[1].sum().backward()
+    torch.testing.assert_close(ours, x.grad)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "B, T, H, G, D, R",
+    [(2, 5, 4, 2, 16, 16), (1, 3, 6, 1, 12, 12), (2, 9, 3, 3, 16, 4)],
+    ids=["gqa", "mqa, head of 12", "a quarter rotates"],
+)
+def test_split_rope(fused, B, T, H, G, D, R, dtype):
+    cos, sin = rope.rope_tables(T, R, 10000.0, 1, DEVICE)
+    qkv = randn(B, T, (H + 2 * G) * D)
+    assert_matches(
+        lambda x: fused.split_rope(x, cos, sin, G, D), lambda x: rope.split_rope(x, cos, sin, G, D), [qkv], dtype
+    )
+    positions = torch.randint(T, (B, T), device=DEVICE)  # rows of the batch at different places
+    assert_matches(
+        lambda x: fused.split_rope(x, cos[positions], sin[positions], G, D),
+        lambda x: rope.split_rope(x, cos[positions], sin[positions], G, D),
+        [qkv],
+        dtype,
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 2), (3, 5, 88), (2, 1500)], ids=str)
+def test_swiglu(fused, shape, dtype):
+    width = shape[-1] // 2
+
+    class Fast(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return fused.swiglu(x)
+
+        @staticmethod
+        def backward(ctx, dy):
+            (x,) = ctx.saved_tensors
+            dx, h = fused.swiglu_backward(x, dy.contiguous())
+            assert torch.equal(h, fused.swiglu(x))
+            return dx
+
+    assert_matches(Fast.apply, lambda x: swiglu.swiglu(*x.split(width, -1)), [randn(*shape, scale=2)], dtype)
+
+
+@DTYPES
+def test_swiglu_mlp(fused, dtype):
+    inputs = [randn(2, 7, 24), randn(40, 24), randn(40, 24, seed=1), randn(24, 40)]
+    assert_matches(fused.swiglu_mlp, swiglu.swiglu_mlp, inputs, dtype)
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def exact_loss(hidden, weight, targets, reduction="sum", z_loss=0.0):
+    logits = hidden @ weight.T
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    loss = loss + z_loss * (logits.logsumexp(-1).square() * (targets != IGNORE_INDEX))
+    return loss.sum() if reduction == "sum" else loss
+
+
+@pytest.fixture(params=["reference", "fused"])
+def loss_function(request):
+    return (
+        cross_entropy.linear_cross_entropy
+        if request.param == "reference"
+        else (request.getfixturevalue("fused").linear_cross_entropy)
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("N, C, V", [(1, 8, 3), (13, 16, 97), (5, 8, 9000)], ids=str)
+def test_linear_cross_entropy(loss_function, monkeypatch, N, C, V, z_loss, dtype):
+    monkeypatch.setattr(cross_entropy, "CHUNK", 5)  # several chunks, and an incomplete one
+    targets = torch.randint(V, (N,), device=DEVICE)
+    targets[N // 2 :: 4] = IGNORE_INDEX
+    if N == 1:
+        targets[:] = V - 1
+    inputs = [randn(N, C), randn(V, C, seed=3), targets, "sum", z_loss]
+    assert_matches(loss_function, exact_loss, inputs, dtype)
+    with torch.no_grad():
+        inputs[3] = "none"
+        rounded = [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+        ours, exact = loss_function(*rounded), exact_loss(rounded[0].float(), rounded[1].float(), *rounded[2:])
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, exact, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+        torch.testing.assert_close(ours.sum(), loss_function(*rounded[:3], "sum", z_loss))
+
+
+def test_per_token_loss_has_a_gradient(loss_function):
+    inputs = [randn(6, 8), randn(30, 8), torch.arange(6, device=DEVICE), "none"]
+    assert_matches(loss_function, exact_loss, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("logit", [1e4, -1e4])
+def test_extreme_logits_stay_finite(loss_function, logit):
+    hidden, weight = torch.full((2, 1), logit, device=DEVICE), torch.tensor([[1.0], [0.5], [0.0]], device=DEVICE)
+    inputs = [hidden, weight, torch.tensor([0, 2], device=DEVICE)]
+    assert_matches(loss_function, exact_loss, inputs, torch.float32)
+
+
+def test_a_batch_with_every_label_ignored_gives_zero(loss_function):
+    hidden, weight = randn(4, 8).requires_grad_(), randn(10, 8).requires_grad_()
+    loss = loss_function(hidden, weight, torch.full((4,), IGNORE_INDEX, device=DEVICE))
+    loss.backward()
+    assert loss.item() == 0
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+def test_the_loss_scales_gradients_in_fp32(loss_function):
+    """1/3 is 0.2% off in bf16: rounded there, every gradient would be, in the same direction."""
+    hidden, weight = randn(256, 64).bfloat16(), randn(50, 64).bfloat16()
+    targets = torch.randint(50, (256,), device=DEVICE)
+    grads = []
+    for factor in (1.0, 1 / 3):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        (loss_function(h, w, targets) * factor).backward()
+        grads.append(h.grad.float())
+    assert (grads[1].abs().sum() / grads[0].abs().sum() * 3 - 1).abs() < 1e-3
+
+
+# --- low-precision weights -------------------------------------------------------------------------------------------
+
+
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Parameter(randn(6, 8))
+        self.b = torch.nn.Parameter(randn(6, 8, seed=1))
+
+
+def test_compute_weights_follow_the_parameters():
+    model = Two()
+    copies = ComputeWeights(model, torch.bfloat16)
+    copies.refresh()
+    assert torch.equal(model.a.compute, model.a.detach().bfloat16())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    x = randn(3, 8).bfloat16()
+    linear(x, model.a).sum().backward()
+    optimizer.step()
+    copies.refresh()
+    assert torch.equal(model.a.compute, model.a.detach().bfloat16())
+    model.load_state_dict(Two().state_dict())
+    copies.refresh()
+    assert torch.equal(model.a.compute, model.a.detach().bfloat16())
+
+
+def test_gradients_accumulate_in_fp32_where_bf16_would_lose_them():
+    model = Two()
+    ComputeWeights(model, torch.bfloat16).refresh()
+    x = torch.zeros(1, 8, device=DEVICE, dtype=torch.bfloat16)
+    x[0, 0] = 1
+    linear(256 * x, model.a).sum().backward()
+    for _ in range(8):
+        linear(x, model.a).sum().backward()  # in bf16, 256 + 1 is 256
+    assert model.a.grad.dtype == torch.float32
+    assert model.a.grad[0, 0].item() == 264
+
+
+def test_the_fused_mlp_over_compute_weights(fused):
+    class MLP(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down = (
+                torch.nn.Parameter(randn(*s, scale=0.3)) for s in ((40, 24),) * 2 + ((24, 40),)
+            )
+
+    mlp, exact = MLP(), MLP()
+    exact.load_state_dict(mlp.state_dict())
+    ComputeWeights(mlp, torch.bfloat16).refresh()
+    for seed in range(3):  # no gradient, one of one buffer, and once more
+        x = randn(2, 7, 24, seed=seed)
+        fused.swiglu_mlp(x.bfloat16(), mlp.gate, mlp.up, mlp.down).float().square().sum().backward()
+        swiglu.swiglu_mlp(x, exact.gate, exact.up, exact.down).square().sum().backward()
+    for (name, ours), reference in zip(mlp.named_parameters(), exact.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        error = (ours.grad - reference.grad).norm() / reference.grad.norm()
+        assert error < 1.2e-2, f"{name}: {error:.2e}"
+    for p in mlp.parameters():  # gradients that no longer lie in one buffer
+        p.grad = p.grad.clone()
+    before = mlp.up.grad.clone()
+    fused.swiglu_mlp(randn(1, 2, 24).bfloat16(), mlp.gate, mlp.up, mlp.down).sum().backward()
+    assert not torch.equal(before, mlp.up.grad)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def documents(*lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+
+
+def test_documents_see_themselves_only():
+    mask = document_mask(documents(2, 3, 1, 4, 0), B=2, T=5)
+    expected = torch.zeros(2, 5, 5, dtype=torch.bool)
+    for row, begin, end in ((0, 0, 2), (0, 2, 5), (1, 0, 1), (1, 1, 5)):
+        expected[row, begin:end, begin:end] = torch.ones(end - begin, end - begin).tril().bool()
+    assert torch.equal(mask[:, 0].cpu(), expected)
+
+
+def test_editing_one_document_leaves_another_alone():
+    model = GPT(Config(n_layer=2, n_embd=32, n_head=4, n_query_groups=2, intermediate_size=48, vocab_size=64))
+    model.init_weights(1)
+    idx = torch.randint(64, (2, 10))
+    cu_seqlens = torch.tensor([0, 4, 10, 17, 20, 20, 20], dtype=torch.int32)
+    other = idx.clone()
+    other[0, :4] = (other[0, :4] + 1) % 64
+    positions = torch.tensor([[*range(4), *range(6)], [*range(7), *range(3)]])
+    a, b = (model(i, cu_seqlens=cu_seqlens, positions=positions) for i in (idx, other))
+    assert torch.equal(a[0, 4:], b[0, 4:]) and torch.equal(a[1], b[1])
+    assert not torch.equal(a[0, :4], b[0, :4])
+    alone = model(idx[:1, 4:])
+    torch.testing.assert_close(a[:1, 4:], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("D", [64, 128])
+def test_attention_backends(name, D):
+    problem = usable(name, DEVICE, torch.bfloat16)
+    if problem:
+        pytest.skip(problem)
+    inputs = [randn(2, 200, 8, D), randn(2, 200, 2, D, seed=1), randn(2, 200, 2, D, seed=2)]
+    backend = load(name)
+    assert_matches(backend, attention, inputs, torch.bfloat16)
+    cu_seqlens = documents(1, 60, 139, 150, 50, 0, 0)
+    assert_matches(
+        lambda q, k, v: backend(q, k, v, None, cu_seqlens),
+        lambda q, k, v: attention(q, k, v, None, cu_seqlens),
+        inputs,
+        torch.bfloat16,
+    )
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+SMALL = dict(n_layer=2, n_embd=32, n_head=4, n_query_groups=2, intermediate_size=48, vocab_size=100)
+
+
+def small(kernels=None):
+    with DEVICE:
+        model = GPT(Config(**SMALL), kernels)
+    model.init_weights(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.0 if p.dim() == 1 else 1.5)  # at birth a model hardly attends
+    return model
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_a_bf16_step_has_the_gradients_of_fp32(backend, recompute, request):
+    kernels = None
+    if backend == "fused":
+        from lit_gpt.kernels import ELEMENTWISE, Kernels
+
+        fused = request.getfixturevalue("fused")
+        kernels = Kernels(**{op: getattr(fused, op) for op in ELEMENTWISE})
+    model, exact = small(kernels), small()
+    model.compute_in(torch.bfloat16)
+    model.recompute = recompute
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        idx, targets = torch.randint(100, (2, 2, 12), generator=generator).to(DEVICE)
+        targets[0, :3] = IGNORE_INDEX
+        loss, exact_loss = model(idx, targets), exact(idx, targets)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, exact_loss, rtol=5e-3, atol=0)
+        (loss / 40).backward()
+        (exact_loss / 40).backward()
+    for (name, ours), reference in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert ours.dtype == ours.grad.dtype == torch.float32
+        error = (ours.grad - reference.grad).norm() / reference.grad.norm()
+        assert error < 0.04, f"{name}: {error:.2e}"  # bf16 rounds each of some 20 intermediate results by 0.2%
+    assert model(idx).dtype == torch.bfloat16
+
+
+def test_selection_falls_back_and_says_so():
+    kernels = select_kernels("auto", device=torch.device("cpu"), dtype=torch.float32)
+    assert kernels.attention is attention and not kernels.compile_blocks
+    assert "fa4 needs a CUDA GPU" in kernels.table() and "triton needs a CUDA GPU" in kernels.table()
+
+
+def test_a_backend_that_was_named_must_work():
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match="'fa3'.*Known: .*triton.*fa4"):
+        select_kernels("triton+fa3", device=device, dtype=torch.float32)
+    with pytest.raises(ValueError, match="'cudnn': needs a CUDA GPU"):
+        select_kernels("cudnn", device=device, dtype=torch.float32)
+    assert select_kernels("torch", device=device, dtype=torch.float32).attention is attention
+
+
+@pytest.mark.gpu
+def test_a_package_that_was_named_and_is_missing_is_an_import_error(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "xformers.ops", None)
+    with pytest.raises(ImportError, match="pip install xformers"):
+        select_kernels("xformers", device=DEVICE, dtype=torch.bfloat16)
