@@ -41,6 +41,21 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(source, folder / f"tokenizer{source.suffix}")  # under whatever name it had
 
 
+def starts_with_bos(source: Path) -> bool:
+    """Whether the tokenizer in `source` puts BOS before a text when transformers uses it, as its files say; where they
+    do not say, as Llama's tokenizer.model does."""
+    reference = Tokenizer(source)
+    if reference.bos_id is None:
+        return False
+    directory = reference.path.parent
+    if (directory / "tokenizer.json").is_file():
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).encode("a").ids[0] == reference.bos_id
+    config = directory / "tokenizer_config.json"
+    return read_json(config).get("add_bos_token", True) if config.is_file() else True
+
+
 def export_tokenizer(source: Path, folder: Path, *, add_bos: bool, max_length: int) -> dict[str, int]:
     """Write the tokenizer in `source` (a folder, a tokenizer.model or a tokenizer.json) for AutoTokenizer.
 

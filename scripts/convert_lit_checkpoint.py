@@ -13,7 +13,7 @@ import torch
 
 from lit_gpt.cli import one_line_errors, parse
 from lit_gpt.hf import export, shapes
-from lit_gpt.hf_tokenizer import export_tokenizer
+from lit_gpt.hf_tokenizer import export_tokenizer, starts_with_bos
 from lit_gpt.pretrained import difference_from_transformers, open_pretrained, refuse_other_tokenizer
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.weights import parse_bytes, whole_folder
@@ -53,8 +53,9 @@ def main(
     with whole_folder(out_dir, overwrite) as folder:
         special_ids = {}
         if tokenizer_path is not None:
-            add_bos = "bos" in (found.delimiters or "bos+eos")
-            special_ids = export_tokenizer(tokenizer_path, folder, add_bos=add_bos, max_length=found.config.block_size)
+            add_bos = "bos" in found.delimiters if found.delimiters else starts_with_bos(tokenizer_path)
+            length = found.config.block_size
+            special_ids = export_tokenizer(tokenizer_path, folder, add_bos=add_bos, max_length=length)
         export(
             found.config,
             found.weights,
