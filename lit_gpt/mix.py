@@ -10,6 +10,8 @@ import numpy as np
 
 # --- a permutation of any number of things in constant memory --------------------------------------------------------
 
+ROUNDS = 6
+
 
 def permute(place: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     """Where each of `place` (in [0, n)) lies in the random permutation of [0, n) that `key` (uint64) names.
@@ -17,17 +19,19 @@ def permute(place: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     A Feistel network on pairs: place = left·b + right with left in [0, a), right in [0, b), a·b barely above n. Each
     round adds to one half a hash of the other, modulo its size, which can be undone; so it is a bijection of [0, a·b).
     A result that is not below n is sent through again until it is ("cycle walking": Black and Rogaway, "Ciphers with
-    Arbitrary Finite Domains", 2002), here once in sqrt(n) times.
+    Arbitrary Finite Domains", 2002), which happens to one in sqrt(n). At least 16·16 pairs: in a handful of them so few
+    rounds would not mix well.
     """
-    b = int(np.ceil(np.sqrt(n)))
-    a = -(-n // b)
+    b = max(16, int(np.ceil(np.sqrt(n))))
+    a, b = np.uint64(max(16, -(-n // b))), np.uint64(b)
+    round_keys = hash64(key + np.arange(ROUNDS, dtype=np.uint64)[:, None])  # (ROUNDS, len(place))
     place, todo = place.astype(np.uint64), np.arange(len(place))
     while len(todo):
-        left, right = np.divmod(place[todo], np.uint64(b))
-        for r in range(0, 8, 2):
-            left = (left + hash64(right ^ hash64(key[todo] + np.uint64(r))) % np.uint64(a)) % np.uint64(a)
-            right = (right + hash64(left ^ hash64(key[todo] + np.uint64(r + 1))) % np.uint64(b)) % np.uint64(b)
-        place[todo] = left * np.uint64(b) + right
+        left, right = np.divmod(place[todo], b)
+        for r in range(0, ROUNDS, 2):
+            left = (left + hash64(right ^ round_keys[r, todo]) % a) % a
+            right = (right + hash64(left ^ round_keys[r + 1, todo]) % b) % b
+        place[todo] = left * b + right
         todo = todo[place[todo] >= n]
     return place.astype(np.int64)
 

@@ -13,7 +13,8 @@ part of the order. In micro-step k, rank r of W takes the global indices [start 
 A sequence has block_size + 1 tokens and sequences overlap by one: the last token of one is the first of the next.
 Cut so, every token of the stream (but its first) is exactly once a target. Cut without the overlap, as the original
 does, one transition in block_size + 1 is never learnt. Fewer than block_size tokens at a source's end are dropped in
-training, and reported; validation includes them, padded with IGNORE.
+training, and reported; validation includes them. Where a row of a batch has no token, past the end of the data, it
+holds IGNORE_INDEX: as a target that is ignored, as an input any id will do (`tokens[:, :-1].clamp(min=0)`).
 
     dataset = PackedDataset(data_dir, {"train_slim": 0.7, "train_star": 0.3}, block_size=2048, seed=1, vocab_size=32000)
     loader = PackedLoader(dataset, micro_batch_size=8, rank=0, world_size=1)
@@ -32,13 +33,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lit_gpt.kernels import IGNORE_INDEX
 from lit_gpt.mix import Mix, hash64, permute
 from lit_gpt.shards import TokenStream
-
-IGNORE = -100
-"""Stands where a row of a batch has no token: past the end of the data. As a target it is cross_entropy's
-ignore_index; as an input, replace it by any id (`tokens[:, :-1].clamp(min=0)`)."""
-
 
 # --- documents inside a batch ----------------------------------------------------------------------------------------
 
@@ -54,7 +51,7 @@ class DocumentBatch(NamedTuple):
     positions: torch.Tensor
     """(B, T) int64: place in its document"""
     loss_weights: torch.Tensor
-    """(B, T) float32: 0 where the target is the beginning of another document, or IGNORE; else 1"""
+    """(B, T) float32: 0 where the target is the beginning of another document, or IGNORE_INDEX; else 1"""
 
 
 def document_batch(tokens: torch.Tensor, bos_id: int | None, eos_id: int | None, max_documents: int) -> DocumentBatch:
@@ -74,7 +71,7 @@ def document_batch(tokens: torch.Tensor, bos_id: int | None, eos_id: int | None,
     cu_seqlens[: len(first)] = first
     document = begins.flatten().cumsum(0) - 1
     positions = (torch.arange(B * T) - first[document]).view(B, T)
-    loss_weights = (~ends & (tokens[:, 1:] != IGNORE)).float()
+    loss_weights = (~ends & (tokens[:, 1:] != IGNORE_INDEX)).float()
     return DocumentBatch(tokens, cu_seqlens, positions, loss_weights)
 
 
@@ -119,9 +116,6 @@ class PackedSequences(Dataset):
         self.tokenizer: dict | None = manifests[0].tokenizer if manifests else None
         """name, sha256, vocab_size, bos_id, eos_id from the manifests; None without one"""
         self.delimiters: str | None = manifests[0].delimiters if manifests else None
-        text_bytes = sum(manifest.text_bytes for manifest in manifests)
-        self.bytes_per_token: float | None = text_bytes / sum(m.tokens for m in manifests) if text_bytes else None
-        """UTF-8 bytes of text behind a token: loss / ln(2) / bytes_per_token is bits per byte. None without manifest"""
         self.document_mask, self.max_documents = document_mask, max_documents
         if document_mask:
             if self.delimiters in (None, "none"):
@@ -152,21 +146,21 @@ class PackedSequences(Dataset):
         return self.tokens([index])[0]
 
     def __getitems__(self, indices: list[int] | range) -> "torch.Tensor | DocumentBatch":
-        """The batch of some global indices, as DataLoader asks for it; rows past the end of the data are IGNORE."""
+        """The batch of some global indices, as DataLoader asks for it."""
         tokens = self.tokens(indices)
         if not self.document_mask:
             return tokens
         return document_batch(tokens, self._bos_id, self._eos_id, self.max_documents)
 
     def tokens(self, indices: list[int] | range) -> torch.Tensor:
-        """(len(indices), block_size + 1) int64"""
+        """(len(indices), block_size + 1) int64; rows past the end of the data are IGNORE_INDEX."""
         indices = np.asarray(indices, dtype=np.int64)
-        rows = np.full((len(indices), self.block_size + 1), IGNORE, dtype=np.int64)
+        rows = np.full((len(indices), self.block_size + 1), IGNORE_INDEX, dtype=np.int64)
         inside = np.flatnonzero(indices < self.end) if self.end is not None else np.arange(len(indices))
         source, start = self.locate(indices[inside])
         for s, stream in enumerate(self.streams.values()):
             if len(mine := np.flatnonzero(source == s)):
-                rows[inside[mine]] = stream.read(start[mine], self.block_size + 1, fill=IGNORE)
+                rows[inside[mine]] = stream.read(start[mine], self.block_size + 1, fill=IGNORE_INDEX)
         return torch.from_numpy(rows)
 
 
@@ -316,7 +310,7 @@ class ValidationSet(PackedSequences):
     """Validation data: all sequences of its sources (or a fixed, evenly spread choice of `max_sequences`), in order.
 
     Every call of `batches` gives the same sequences at any world size, and every rank the same number of batches: the
-    tail of each source is included, and what is missing at the end of a row, or of the last batches, is IGNORE.
+    tail of each source is included, and what is missing at the end of a row, or of the last batches, is IGNORE_INDEX.
 
     Args and Raises: as PackedDataset.
     """
@@ -376,7 +370,7 @@ class PackedLoader:
 
     Iterating gives (micro_batch_size, block_size + 1) int64 tensors (DocumentBatch with document_mask), in pinned
     memory where there is a GPU, from where the count stands. All ranks get the same number; when the data end, rows
-    past the end are IGNORE.
+    past the end are IGNORE_INDEX.
 
     Args:
         dataset: a PackedDataset; not to be changed afterwards other than through load_state_dict.

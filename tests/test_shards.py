@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import pickle
@@ -5,8 +6,10 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 from packed_data import TOKENIZER, write_source
 
+from lit_gpt.packed_dataset import PackedDataset, PackedLoader
 from lit_gpt.shards import (
     HEADER_SIZE,
     LocalFolder,
@@ -259,5 +262,12 @@ def test_s3(tmp_path, monkeypatch):
         fs.mkdir("bucket")
         fs.put(str(tmp_path / "here") + "/", "bucket/packed/", recursive=True)
         check_remote("s3://bucket/packed", tokens, tmp_path / "cache")
+        # and from worker processes, after this process has used its own connection
+        local, remote = (
+            PackedDataset(directory, {"train": 1}, 64, seed=1, vocab_size=32000)
+            for directory in (tmp_path / "here", "s3://bucket/packed")
+        )
+        batches = list(itertools.islice(PackedLoader(remote, 4, num_workers=2), 6))
+        assert torch.equal(torch.cat(batches), local.tokens(range(24)))
     finally:
         server.stop()
