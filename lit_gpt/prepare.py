@@ -158,20 +158,19 @@ def _by_subset(subsets: list[str], lengths: np.ndarray, sizes: np.ndarray) -> di
     return {str(name): [int(n) for n in row] for name, *row in zip(names, *counts, strict=True)}
 
 
-_unit_encoder: UnitEncoder | None = None
+_unit_encoder: UnitEncoder | None = None  # of this worker
 
 
-def _start_worker(paths: list[Path], fields: Fields, tokenizer_path: Path, engine: str, delimiters: str) -> None:
+def _start_worker(unit_encoder: UnitEncoder) -> None:
+    global _unit_encoder
+    _unit_encoder = unit_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the writer, which ends its workers
 
-    def die_with_parent() -> None:
+    def die_with_writer() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=die_with_parent, daemon=True).start()
-    global _unit_encoder
-    encoder = BatchEncoder(Tokenizer(tokenizer_path), engine, checked=True)
-    _unit_encoder = UnitEncoder(paths, fields, encoder, delimiters)
+    threading.Thread(target=die_with_writer, daemon=True).start()
 
 
 def _encode_in_worker(task: list[tuple[int, int]]) -> list[EncodedUnit]:
@@ -370,14 +369,12 @@ def _executor(unit_encoder: UnitEncoder, args: PrepareArgs) -> Iterator[Executor
     if args.processes == 1:
         yield _SameProcess(unit_encoder)
         return
-    tokenizer, engine = unit_encoder.encoder.tokenizer, unit_encoder.encoder.engine
-    executor = ProcessPoolExecutor(
-        args.processes,
-        multiprocessing.get_context("spawn"),
-        _start_worker,
-        (unit_encoder.paths, unit_encoder.fields, tokenizer.path, engine, args.delimiters),
-    )
+    # Forked workers inherit the tokenizer as it lies in memory; loading it takes a second or three. The submit makes
+    # them start now, while this process has no thread but this one.
+    fork = multiprocessing.get_context("fork")
+    executor = ProcessPoolExecutor(args.processes, fork, _start_worker, (unit_encoder,))
     try:
+        executor.submit(os.getpid).result()
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
@@ -446,7 +443,7 @@ class Output:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._journal = open(self.directory / f"{self.manifest.prefix}.journal.jsonl", "a+b")
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
         except OSError:
             raise ValueError(f"{self._journal.name}: another process is preparing this prefix in this folder") from None
         return self

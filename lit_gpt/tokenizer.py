@@ -251,10 +251,10 @@ class BatchEncoder:
 
     engine: "auto" takes gigatoken if it is installed, knows this tokenizer and agrees with it on `TORTURE`, and
     otherwise the reference, saying why in `why_slow`; "reference" is `tokenizer` itself; "gigatoken" raises ValueError
-    where auto would fall back. A worker whose parent has made the check passes `checked=True`.
+    where auto would fall back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, engine: str = "auto", checked: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, engine: str = "auto") -> None:
         if engine not in ("auto", "gigatoken", "reference"):
             raise ValueError(f"--engine {engine}: choose auto, gigatoken or reference")
         self.tokenizer = tokenizer
@@ -274,7 +274,7 @@ class BatchEncoder:
             self.why_slow = f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
         # These have to be found by ourselves: gigatoken turns them into special tokens.
         self._special = re.compile("|".join(map(re.escape, tokenizer.model.special)) or r"(?!)")
-        if self._fast is not None and not checked and (text := self.disagreement(TORTURE)) is not None:
+        if self._fast is not None and (text := self.disagreement(TORTURE)) is not None:
             self.engine, self._fast = "reference", None
             self.why_slow = f"gigatoken's ids differ from the reference on {text[:40]!r}"
         if self.why_slow and engine == "gigatoken":
@@ -309,7 +309,7 @@ class BatchEncoder:
 
     def disagreement(self, texts: Sequence[str]) -> str | None:
         """The first of `texts` whose ids differ from the reference's, or None."""
-        if self._fast is None:
+        if self._fast is None or not texts:
             return None
         ids, lengths = self(texts)
         rows = np.split(ids, np.cumsum(lengths)[:-1])

@@ -1,0 +1,183 @@
+"""Ids are the reference library's on every input, delimiters are placed once and never typed, errors name the file."""
+
+import base64
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_gpt.tokenizer import TORTURE, BatchEncoder, Tokenizer
+
+ROOT = Path(__file__).parent.parent
+TEXT = ["The quick brown fox jumps over the lazy dog. ", "def f(x):\n    return x + 12345\n", "naïve café, Привет"] * 40
+
+
+def train_tokenizer_script():
+    spec = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "scripts" / "train_tokenizer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiktoken_ranks() -> bytes:
+    """All bytes and some merges, as Llama 3's tokenizer.model writes them."""
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [b"th", b"he", b"in", b" t", b" th", b" the", b"  ", b"    ", b"\n\n", b"12", b"123", "é".encode()]
+    return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens))
+
+
+@pytest.fixture(scope="session", params=["sentencepiece", "tokenizers", "tiktoken"])
+def tokenizer(request, tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "tiktoken":
+        pytest.importorskip("tiktoken")
+        (folder / "tokenizer.model").write_bytes(tiktoken_ranks())
+        return Tokenizer(folder)
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "a.txt").write_text("\n".join(TEXT))
+    script = train_tokenizer_script()
+    script.main(script.TrainTokenizerArgs(folder / "corpus", folder, vocab_size=330, kind=request.param))
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer) -> BatchEncoder:
+    encoder = BatchEncoder(tokenizer, "gigatoken")
+    assert encoder.engine == "gigatoken" and encoder.why_slow is None
+    return encoder
+
+
+def test_delimiters_are_always_said(tokenizer):
+    with pytest.raises(TypeError):
+        tokenizer.encode("a")
+    with pytest.raises(TypeError):
+        tokenizer.encode("a", True, False)
+
+
+def test_each_delimiter_is_placed_once(tokenizer):
+    plain = tokenizer.encode("Hello, world", bos=False, eos=False)
+    assert tokenizer.bos_id not in plain and tokenizer.eos_id not in plain
+    assert tokenizer.encode("Hello, world", bos=True, eos=True) == [tokenizer.bos_id, *plain, tokenizer.eos_id]
+    assert tokenizer.encode("", bos=True, eos=True) == [tokenizer.bos_id, tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("text", ["<s>", "</s>", "a<s>b</s>", "<unk>", "<|begin_of_text|>", "x<|end_of_text|>"])
+def test_a_delimiter_that_is_typed_is_text(tokenizer, encoder, text):
+    ids = tokenizer.encode(text, bos=False, eos=False)
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+    assert tokenizer.decode(ids) == text
+    assert encoder(["a", text, "b"])[0].tolist() == [i for t in ("a", text, "b") for i in tokenizer.model.encode(t)]
+
+
+def test_decode_inverts_encode_and_refuses_unknown_ids(tokenizer):
+    text = "  The fox,\n\tnaïve 12345 \x00 你好 😀 end "
+    assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
+    assert tokenizer.decode(np.array(tokenizer.encode(text, bos=False, eos=False), dtype=np.uint16)) == text
+    for bad in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"token id {bad} is outside"):
+            tokenizer.decode([bad])
+
+
+def test_lone_surrogates_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"character 2 is a lone surrogate"):
+        tokenizer.encode("ab\ud800", bos=False, eos=False)
+
+
+def reference(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[int], list[int]]:
+    rows = [tokenizer.encode(text, bos=False, eos=False) for text in texts]
+    return [i for row in rows for i in row], [len(row) for row in rows]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_the_fast_encoder_gives_the_reference_ids(tokenizer, encoder, data):
+    pieces = st.sampled_from([text[:40] for text in TORTURE] + ["the ", " the", "\n", "12", "fox"])
+    texts = st.lists(st.one_of(st.lists(pieces, max_size=12).map("".join), st.text(max_size=60)), max_size=6)
+    batch = data.draw(texts)
+    ids, lengths = encoder(batch)
+    assert (ids.tolist(), lengths.tolist()) == reference(tokenizer, batch)
+
+
+def test_long_runs_take_linear_time(encoder):
+    # A quadratic encoder would need minutes for this; the whole suite's time limit is what would fail.
+    for piece in ("x", " ", "ab", "你"):
+        assert encoder([piece * 200_000])[1].sum() > 0
+
+
+def test_an_encoder_that_is_wrong_is_not_used(tokenizer, monkeypatch):
+    class Wrong:
+        def __init__(self, right):
+            self.right = right
+
+        def encode_batch(self, texts, parallel):
+            return self.right.encode_batch([text.replace("\t", " ") for text in texts], parallel=parallel)
+
+    right = tokenizer.model.fast()
+    monkeypatch.setattr(type(tokenizer.model), "fast", lambda self: Wrong(right))
+    encoder = BatchEncoder(tokenizer)
+    assert encoder.engine == "reference" and r"differ from the reference on '\t'" in encoder.why_slow
+    assert encoder(["a\tb"])[0].tolist() == tokenizer.encode("a\tb", bos=False, eos=False)
+    with pytest.raises(ValueError, match="--engine gigatoken: gigatoken's ids differ"):
+        BatchEncoder(tokenizer, "gigatoken")
+
+
+def test_without_the_fast_library_the_reference_is_used(tokenizer, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gigatoken", None)
+    encoder = BatchEncoder(tokenizer)
+    assert encoder.engine == "reference" and "pip install gigatoken" in encoder.why_slow
+    ids, lengths = encoder(["a b", "", "<s>"])
+    assert (ids.tolist(), lengths.tolist()) == reference(tokenizer, ["a b", "", "<s>"])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a tokenizer", b"{}", b"\x00\xff" * 100, b"YQ== 0\nYg== 7\n", b"YQ== x\n"]
+)
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: not a"):
+        Tokenizer(tmp_path)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone does not exist"):
+        Tokenizer(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="holds none of tokenizer.model, tokenizer.json"):
+        Tokenizer(tmp_path)
+
+
+def test_a_json_tokenizer_without_delimiters_refuses_to_place_them(tmp_path):
+    from tokenizers import Tokenizer as Plain
+    from tokenizers import models
+
+    Plain(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+    with pytest.raises(ValueError, match="has no BOS token"):
+        tokenizer.encode("a", bos=True, eos=False)
+
+
+def test_train_tokenizer_says_what_is_wrong(tmp_path):
+    script = train_tokenizer_script()
+    (tmp_path / "a.txt").write_text("too little")
+    for kind in ("sentencepiece", "tokenizers"):
+        with pytest.raises(ValueError, match="--vocab_size 30000"):
+            script.main(script.TrainTokenizerArgs(tmp_path, tmp_path / "out", vocab_size=30000, kind=kind))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.shared
+def test_llama2_and_a_tokenizer_that_the_fast_library_gets_wrong(shared_data):
+    llama = Tokenizer(shared_data / "tokenizer" / "llama2")
+    assert (llama.name, llama.vocab_size, llama.bos_id, llama.eos_id) == ("llama2", 32000, 1, 2)
+    assert llama.sha256.startswith("9e556afd")
+    encoder = BatchEncoder(llama, "gigatoken")
+    texts = [*TORTURE, "a<s>" * 50, "".join(map(chr, range(1, 0xD800, 7)))]
+    ids, lengths = encoder(texts)
+    assert (ids.tolist(), lengths.tolist()) == reference(llama, texts)
+
+    stories = BatchEncoder(Tokenizer(shared_data / "models" / "stories260k"))
+    assert stories.engine == "reference" and "differ from the reference" in stories.why_slow
