@@ -4,6 +4,7 @@ import math
 from typing import Literal
 
 import torch
+from torch.nn.utils import get_total_norm
 
 
 def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -40,3 +41,20 @@ def lr_at(
     progress = max(0.0, (step - start) / (last - start))
     height = 1 - progress if schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
     return min_lr + height * (learning_rate - min_lr)
+
+
+def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
+    """Step with the whole gradient scaled down to norm max_norm where it is longer; the norm before that, a scalar.
+
+    The scaling happens inside the fused kernel of AdamW(fused=True), so clipping costs one pass that reads the
+    gradients, and nothing waits for the device. A gradient that is not finite changes neither parameters nor moments:
+    the caller sees it from the norm, when it likes.
+    """
+    norm = get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+    if hasattr(norm, "full_tensor"):  # of sharded gradients
+        norm = norm.full_tensor()
+    # What torch.amp.GradScaler hands to fused optimizers: gradients are divided by grad_scale, unless found_inf is 1.
+    optimizer.grad_scale = (norm / max_norm).clamp(min=1.0).float()
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    return norm

@@ -47,3 +47,44 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         if pattern in name:
             return tflops[precision] * 1e12 if precision in tflops else None
     return None
+
+
+# Memory of some cards that a process can have, in bytes.
+CARDS = {"RTX 3090/4090": 24e9, "A100-40G": 42e9, "A100-80G": 84e9, "H100": 84e9}
+
+
+def memory_plan(config: Config, n_tokens: int, recompute: bool = False) -> dict[str, float]:
+    """Bytes that one GPU holds at the peak of a bf16 step over n_tokens, with the fused kernels, by what they are for.
+
+    fp32 parameters, gradients and two moments are 16 bytes a parameter, the bf16 copy of the matrices 2 more. Kept for
+    the backward are, in bf16 and per token and layer: the residual stream and its norm, twice; q, k, v; attention's
+    output; gate and up. Then what lives for a moment: the chunk of logits and the gradient of the head while the loss
+    is computed, or a block's gradients in the backward.
+    """
+    c = config
+    mlp = (3 if c.family == "llama" else 2) * c.n_embd * c.intermediate_size
+    block = mlp + c.n_embd * c.qkv_size + c.n_head * c.head_size * c.n_embd
+    vocabulary = c.padded_vocab_size * c.n_embd
+    n = c.n_layer * block + vocabulary * (1 if c.tie_embeddings else 2)
+    kept = 4 * c.n_embd + c.qkv_size + c.n_head * c.head_size + (2 if c.family == "llama" else 1) * c.intermediate_size
+    log_sum_exp = 4 * c.n_head
+    layer = n_tokens * (2 * kept + log_sum_exp)
+    stream = 2 * n_tokens * 2 * c.n_embd  # x and delta at the border of two blocks
+    loss = 2 * min(n_tokens, 8192) * c.padded_vocab_size + 4 * vocabulary + 2 * n_tokens * c.n_embd
+    backward = 2 * n_tokens * (4 * c.intermediate_size + 2 * c.n_embd) + 4 * vocabulary
+    return {
+        "parameters, fp32": 4 * n,
+        "parameters, bf16": 2 * n,
+        "gradients, fp32": 4 * n,
+        "Adam's moments, fp32": 8 * n,
+        "activations": c.n_layer * stream + layer if recompute else c.n_layer * layer,
+        "temporary": max(loss, backward),
+    }
+
+
+def largest_micro_batch(config: Config, memory: float, recompute: bool = False) -> int:
+    """Tokens of the largest micro-batch, in whole sequences, that fits in 95% of `memory` bytes; 0 if none does."""
+    sequences = 0
+    while sum(memory_plan(config, (sequences + 1) * config.block_size, recompute).values()) <= 0.95 * memory:
+        sequences += 1
+    return sequences * config.block_size

@@ -5,7 +5,7 @@ import torch
 
 from lit_gpt import Config
 from lit_gpt.model import GPT
-from lit_gpt.optim import lr_at, param_groups
+from lit_gpt.optim import clip_and_step, lr_at, param_groups
 
 RECIPE = dict(max_steps=1000, warmup_steps=100, learning_rate=4e-4, min_lr=4e-5)
 
@@ -45,3 +45,38 @@ def test_norms_and_biases_are_not_decayed():
     assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
     assert isinstance(decayed["params"][0], torch.nn.Parameter)
+
+
+def two_models():
+    for seed in (0, 0):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(5, 3)
+        yield model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_clipping_inside_the_step_equals_clipping_before_it(max_norm):
+    (a, opt_a), (b, opt_b) = two_models()
+    for _ in range(3):
+        x = 30 * torch.randn(4, 5)
+        for model, optimizer in ((a, opt_a), (b, opt_b)):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+        expected = torch.nn.utils.clip_grad_norm_(b.parameters(), max_norm)
+        opt_b.step()
+        torch.testing.assert_close(clip_and_step(opt_a, max_norm), expected)
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+            torch.testing.assert_close(opt_a.state[p], opt_b.state[q])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    (model, optimizer), _ = two_models()
+    model(torch.ones(1, 5)).sum().backward()
+    clip_and_step(optimizer, 1.0)
+    before = [p.clone() for p in model.parameters()] + [s.clone() for s in optimizer.state[model.weight].values()]
+    model.weight.grad[0, 0] = bad
+    assert not clip_and_step(optimizer, 1.0).isfinite()
+    after = [*model.parameters(), *optimizer.state[model.weight].values()]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))

@@ -1,0 +1,419 @@
+"""How fast training steps and their parts are on this machine, beside other implementations and the hardware's limits.
+
+python scripts/benchmark.py step --kernels '[auto, compile]' --micro_batch_size 16
+python scripts/benchmark.py step --peer '[litgpt, hf-liger]' --micro_batch_size 8
+python scripts/benchmark.py kernels
+python scripts/benchmark.py attention
+python scripts/benchmark.py plan --model tiny_LLaMA_1b      # memory; needs no GPU
+
+Times are medians. Tables go to stdout, and with --json FILE the same as JSON to a file.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from lit_gpt.cli import one_line_errors
+from lit_gpt.config import Config
+from lit_gpt.kernels import select_kernels
+from lit_gpt.kernels import attention as reference_attention
+from lit_gpt.kernels.attention import NAMES as ATTENTIONS
+from lit_gpt.kernels.attention import load, usable
+from lit_gpt.model import GPT
+from lit_gpt.optim import clip_and_step, param_groups
+from lit_gpt.speed_monitor import CARDS, flops_per_token, largest_micro_batch, memory_plan, peak_flops
+
+PEERS = ("litgpt", "hf", "hf-liger", "autocast")
+
+# --- a training step -------------------------------------------------------------------------------------------------
+
+
+def step(
+    model: str = "tiny_LLaMA_1b",
+    kernels: list[str] | None = None,
+    micro_batch_size: list[int] | None = None,
+    accumulation: int = 4,
+    steps: int = 8,
+    precision: str = "bf16",
+    peer: list[str] | None = None,
+    recompute: bool = False,
+    memory_limit_gb: float | None = None,
+    profile: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Tokens/s, MFU, peak memory and time to the first step, on random tokens; every combination is a row.
+
+    Args:
+        model: a preset of lit_gpt/config.py.
+        kernels: backends, as pretrain/tinyllama.py's --kernels. Default: auto, or none if there are peers.
+        micro_batch_size: sequences of the model's block_size in one forward and backward. Default: 16.
+        accumulation: micro-batches in an optimizer step.
+        steps: optimizer steps that are timed, after 3 that are not.
+        precision: bf16 (over fp32 parameters, moments and gradients) or fp32.
+        peer: other implementations of the same model, under torch.compile and bf16 autocast: litgpt, hf (transformers),
+            hf-liger (with Liger's kernels, not compiled), autocast (ours, plain, blocks compiled).
+        recompute: compute each block's activations again in the backward.
+        memory_limit_gb: let PyTorch have this much of the card's memory, in units of 1e9 bytes.
+        profile: print where the device's time goes, by kernel.
+        json: write the rows to this file as well.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = Config.from_name(model)
+    if memory_limit_gb is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(memory_limit_gb * 1e9 / total)
+    for name in peer or ():
+        if name not in PEERS:
+            raise ValueError(f"--peer {name}: known are {', '.join(PEERS)}")
+    rows = []
+    for name in [*(kernels or ([] if peer else ["auto"])), *(peer or [])]:
+        for size in micro_batch_size or [16]:
+            row = {"model": model, "kernels": name, "tokens": size * config.block_size, "accumulation": accumulation}
+            try:
+                if name in PEERS:
+                    network, loss_of = build_peer(name, config, device)
+                else:
+                    network, loss_of = build_ours(name, config, device, precision, recompute)
+                row |= time_step(network, loss_of, config, size, accumulation, steps, device, profile)
+            except torch.OutOfMemoryError:
+                row |= {"tokens/s": "out of memory"}
+            network = loss_of = None
+            gc.collect()
+            torch.compiler.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            rows.append(row)
+            print(row, flush=True)
+    report(rows, json)
+
+
+def build_ours(kernels: str, config: Config, device: torch.device, precision: str, recompute: bool):
+    selected = select_kernels(kernels, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    print(selected.table(), flush=True)
+    with device:
+        model = GPT(config, selected)
+    model.init_weights(1)
+    model.recompute = recompute
+    if precision == "bf16":
+        model.compute_in(torch.bfloat16)
+    if selected.compile_blocks:
+        for block in model.transformer.h:
+            block.compile()
+    return model, model
+
+
+def build_peer(name: str, config: Config, device: torch.device) -> tuple[torch.nn.Module, Callable]:
+    """A model, and the function of (idx, targets) that gives its summed loss."""
+    c = config
+    if name == "autocast":
+        with device:
+            model = GPT(config, select_kernels("compile", device=device, dtype=torch.bfloat16))
+        model.init_weights(1)
+        for block in model.transformer.h:
+            block.compile()
+        forward = model
+    elif name == "litgpt":
+        import litgpt
+
+        with device:
+            model = litgpt.GPT(litgpt.Config.from_name("tiny-llama-1.1b", block_size=c.block_size))
+        compiled = torch.compile(model)
+
+        def forward(idx, targets):
+            return F.cross_entropy(compiled(idx).flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    else:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from lit_gpt.hf import config_to_hf
+
+        if name == "hf-liger":
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama()
+        with device:
+            model = LlamaForCausalLM(LlamaConfig(**config_to_hf(config), attn_implementation="sdpa"))
+        run = model if name == "hf-liger" else torch.compile(model)
+
+        def forward(idx, targets):
+            return run(input_ids=idx, labels=idx, shift_labels=targets, use_cache=False).loss * idx.numel()
+
+    def loss_of(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return forward(idx, targets)
+
+    return model, loss_of
+
+
+def time_step(model, loss_of, config, size, accumulation, steps, device, profile) -> dict:
+    optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    tokens = torch.randint(config.vocab_size, (accumulation, size, config.block_size + 1), device=device)
+    n_tokens = accumulation * size * config.block_size
+
+    def one_step() -> torch.Tensor:
+        for batch in tokens:
+            (loss_of(batch[:, :-1], batch[:, 1:]) / n_tokens).backward()
+        norm = clip_and_step(optimizer, 1.0)
+        optimizer.zero_grad()
+        return norm
+
+    cuda = device.type == "cuda"
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
+    t0 = time.perf_counter()
+    one_step()
+    synchronize()
+    first_s = time.perf_counter() - t0
+    one_step()
+    one_step()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elapsed_s = []
+    for _ in range(steps):
+        synchronize()
+        t0 = time.perf_counter()
+        norm = one_step()
+        synchronize()
+        elapsed_s.append(time.perf_counter() - t0)
+    assert norm.isfinite()
+    speed = n_tokens / sorted(elapsed_s)[len(elapsed_s) // 2]
+    peak = peak_flops(device, "bf16")
+    if profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+            one_step()
+            synchronize()
+        kernels = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)
+        print(f"{'ns per token':>14} {'calls':>7}  kernel")
+        for e in kernels[:45]:
+            print(f"{e.device_time_total * 1e3 / n_tokens:>14.1f} {e.count:>7}  {e.key[:110]}")
+        print(f"{sum(e.device_time_total for e in kernels) * 1e3 / n_tokens:>14.1f}          all", flush=True)
+    return {
+        "tokens/s": round(speed),
+        "MFU %": round(100 * speed * flops_per_token(config) / peak, 1) if peak else None,
+        "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,
+        "first step s": round(first_s, 1),
+        "spread %": round(100 * (max(elapsed_s) / min(elapsed_s) - 1), 1),
+    }
+
+
+# --- its parts -------------------------------------------------------------------------------------------------------
+
+
+def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | None = None) -> None:
+    """Each fused operation, forward and backward, beside PyTorch, torch.compile and Liger (if installed), and the
+    share of a device copy's bandwidth that it reaches, for the bytes that it must move.
+
+    Args:
+        n_tokens: tokens in a call.
+        model: whose sizes are taken.
+        json: write the rows to this file as well.
+    """
+    from lit_gpt.kernels import cross_entropy, fused, rmsnorm, rope, swiglu
+
+    device = torch.device("cuda")
+    c = Config.from_name(model)
+    N, C, W, V = n_tokens, c.n_embd, c.intermediate_size, c.padded_vocab_size
+    T = min(c.block_size, N)
+
+    def randn(*shape):
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+    bandwidth = copy_bandwidth(device)
+    print(f"device copy: {bandwidth / 1e12:.2f} TB/s")
+
+    x, delta, qkv = randn(1, N, C), randn(1, N, C), randn(N // T, T, c.qkv_size)
+    gate_up, w = randn(1, N, 2 * W), torch.ones(C, device=device)
+    cos, sin = rope.rope_tables(T, c.rope_n_elem, c.rope_base, 1, device)
+    hidden, head = randn(N, C) * 0.05, randn(V, C) * 0.05
+    targets = torch.randint(V, (N,), device=device)
+
+    class FusedSwiglu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, gate_up):
+            ctx.save_for_backward(gate_up)
+            return fused.swiglu(gate_up)
+
+        @staticmethod
+        def backward(ctx, dh):
+            return fused.swiglu_backward(*ctx.saved_tensors, dh)[0]
+
+    # operation -> inputs, bytes forward, bytes backward, {name: function}
+    operations = {
+        "add + rms_norm": (
+            (x, delta, w),
+            8 * N * C,
+            8 * N * C,
+            {
+                "ours": lambda x, d, w: fused.add_rms_norm(x, d, w, 1e-5),
+                "torch": lambda x, d, w: rmsnorm.add_rms_norm(x, d, w, 1e-5),
+            },
+        ),
+        "split + rope": (
+            (qkv,),
+            4 * qkv.numel(),
+            4 * qkv.numel(),
+            {
+                "ours": lambda qkv: fused.split_rope(qkv, cos, sin, c.n_query_groups, c.head_size),
+                "torch": lambda qkv: rope.split_rope(qkv, cos, sin, c.n_query_groups, c.head_size),
+            },
+        ),
+        "swiglu": (
+            (gate_up,),
+            6 * N * W,
+            12 * N * W,  # with the output, which the down projection's gradient needs again
+            {"ours": FusedSwiglu.apply, "torch": lambda gate_up: swiglu.swiglu(*gate_up.split(W, -1))},
+        ),
+        "linear cross-entropy": (
+            (hidden, head, targets),
+            None,
+            None,
+            {
+                "ours": fused.linear_cross_entropy,
+                "torch": cross_entropy.linear_cross_entropy,
+            },
+        ),
+    }
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as LigerLoss
+        from liger_kernel.ops.rope import LigerRopeFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+        from liger_kernel.transformers.functional import liger_fused_add_rms_norm
+
+        H, G, D = c.n_head, c.n_query_groups, c.head_size
+
+        def liger_rope(qkv):
+            q, k, v = qkv.split((H * D, G * D, G * D), -1)
+            q, k, v = (t.view(*t.shape[:2], -1, D).transpose(1, 2) for t in (q, k, v))
+            both = torch.cat((cos, cos), -1)[None].to(q.dtype), torch.cat((sin, sin), -1)[None].to(q.dtype)
+            return *LigerRopeFunction.apply(q, k, *both), v
+
+        operations["add + rms_norm"][3]["Liger"] = lambda x, d, w: liger_fused_add_rms_norm(x, d, w, 1e-5)
+        operations["split + rope"][3]["Liger"] = liger_rope
+        operations["swiglu"][3]["Liger"] = lambda gu: LigerSiLUMulFunction.apply(*gu.split(W, -1))
+        operations["linear cross-entropy"][3]["Liger"] = lambda h, w, t: LigerLoss.apply(
+            h, w, t, None, None, -100, 0.0, 0.0, "sum"
+        )[0]
+    except ImportError as e:
+        print(f"no Liger: {e}")
+
+    rows = []
+    for operation, (inputs, forward_bytes, backward_bytes, functions) in operations.items():
+        functions["compile"] = torch.compile(functions["torch"])
+        for name, function in functions.items():
+            tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+            try:
+                outputs = function(*tensors)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                grads = [torch.randn_like(o) if o.dim() else None for o in outputs]
+                forward, both = median_forward_and_both_s(function, tensors, grads)
+            except Exception as e:  # a foreign package may refuse a shape; the others still count
+                rows.append({"operation": operation, "by": name, "forward us": f"{type(e).__name__}: {e}"[:80]})
+                continue
+            row = {"operation": operation, "by": name}
+            row |= {"forward us": round(1e6 * forward, 1), "backward us": round(1e6 * (both - forward), 1)}
+            if forward_bytes:
+                row["forward % of copy"] = round(100 * forward_bytes / forward / bandwidth, 1)
+                row["backward % of copy"] = round(100 * backward_bytes / (both - forward) / bandwidth, 1)
+            rows.append(row)
+    report(rows, json)
+
+
+def attention(json: Path | None = None) -> None:
+    """Every backend that works here, forward + backward, causal, 4 key/value heads, in µs per token and layer.
+
+    Args:
+        json: write the rows to this file as well.
+    """
+    device = torch.device("cuda")
+    rows = []
+    for T, H, D in ((2048, 32, 64), (2048, 16, 128), (4096, 32, 64), (4096, 20, 128)):
+        shapes = ((32768 // T, T, H, D), (32768 // T, T, 4, D), (32768 // T, T, 4, D))
+        q, k, v = (torch.randn(s, device=device, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+        grad = torch.randn_like(q)
+        exact = reference_attention(q[:1].float(), k[:1].float(), v[:1].float())
+        for name in ATTENTIONS:
+            row = {"T": T, "heads": f"{H} x {D}", "backend": name}
+            problem = usable(name, device, torch.bfloat16)
+            if problem or name in ("math", "torch"):
+                if T == 2048 and H == 32 and problem:
+                    rows.append(row | {"forward": problem})
+                continue
+            backend = load(name)
+            forward, both = median_forward_and_both_s(backend, (q, k, v), (grad,))
+            error = (backend(q, k, v)[:1] - exact).norm() / exact.norm()
+            numbers = {
+                "forward": forward * 1e6 / 32768,
+                "forward + backward": both * 1e6 / 32768,
+                "error": error.item(),
+            }
+            rows.append(row | {k: float(f"{n:.3g}") for k, n in numbers.items()})
+    report(rows, json)
+
+
+def median_s(function: Callable) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(function, warmup=20, rep=80, return_mode="median") / 1e3
+
+
+def median_forward_and_both_s(function: Callable, inputs: tuple, grads: tuple) -> tuple[float, float]:
+    """Seconds of the forward, and of forward and backward."""
+    needs = [t for t in inputs if t.requires_grad]
+    both = median_s(lambda: torch.autograd.grad(as_tuple(function(*inputs)), needs, grads))
+    return median_s(lambda: function(*inputs)), both
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written in a second by a large copy."""
+    source = torch.empty(2**30, device=device, dtype=torch.int8)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_s(lambda: target.copy_(source))
+
+
+def as_tuple(outputs: torch.Tensor | tuple) -> tuple:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def plan(model: str = "tiny_LLaMA_1b", micro_batch_size: int = 8, recompute: bool = False) -> None:
+    """What a bf16 training step on one GPU keeps in memory, and the largest micro-batch for some cards.
+
+    Args:
+        model: a preset of lit_gpt/config.py.
+        micro_batch_size: sequences of the model's block_size.
+        recompute: compute each block's activations again in the backward.
+    """
+    config = Config.from_name(model)
+    n_tokens = micro_batch_size * config.block_size
+    for part, n_bytes in memory_plan(config, n_tokens, recompute).items():
+        print(f"{part:<40}{n_bytes / 1e9:>8.2f} GB")
+    print(
+        f"{f'total at {n_tokens:,} tokens':<40}{sum(memory_plan(config, n_tokens, recompute).values()) / 1e9:>8.2f} GB"
+    )
+    for card, n_bytes in CARDS.items():
+        n = largest_micro_batch(config, n_bytes, recompute) // config.block_size
+        again = largest_micro_batch(config, n_bytes, recompute=True) // config.block_size
+        print(f"{card:<16}micro-batch of {n} sequences, {again} with recomputation")
+
+
+def report(rows: list[dict], path: Path | None) -> None:
+    """The rows as a table, and as JSON if there is a path."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([str(row.get(c, "")) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    if path is not None:
+        path.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    with one_line_errors():
+        auto_cli([step, kernels, attention, plan], as_positional=False)
