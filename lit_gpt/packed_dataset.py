@@ -25,6 +25,7 @@ holds IGNORE_INDEX: as a target that is ignored, as an input any id will do (`to
 
 import hashlib
 import itertools
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -96,6 +97,9 @@ class PackedSequences(Dataset):
             raise ValueError(f"block_size is {block_size}; it must be at least 1")
         if not prefixes:
             raise ValueError("no sources: name at least one prefix of the shards")
+        for a, b in itertools.permutations(set(prefixes), 2):
+            if b.startswith(a):
+                raise ValueError(f"the shards of {b} are also shards of {a}*: name prefixes that exclude each other")
         self.block_size = block_size
         share = cache_bytes // len(prefixes)
         self.streams = {
@@ -407,6 +411,7 @@ class PackedLoader:
             pin_memory=torch.cuda.is_available(),
             # DataLoader draws a seed for its workers; from the global generator that would change the run's dropout.
             generator=torch.Generator(),
+            worker_init_fn=_outlive_signals,
         )
         for batch in batches:
             if isinstance(batch, Exception):
@@ -443,3 +448,11 @@ class _Guarded(Dataset):
 
 def _as_it_is(batch):
     return batch
+
+
+def _outlive_signals(worker: int) -> None:
+    """A scheduler sends its signals to all processes of a job, and the main one still finishes and saves its step.
+    DataLoader ends the workers by other means, and they end by themselves when the main process is gone."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

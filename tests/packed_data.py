@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_gpt.shards import Manifest, file_checksum, token_dtype, write_manifest, write_shard
+from lit_gpt.shards import HEADER, MAGIC, Manifest, file_checksum, token_dtype, write_manifest, write_shard
 
 TOKENIZER = {"name": "test", "sha256": "abc", "vocab_size": 32000, "bos_id": 1, "eos_id": 2}
 
@@ -36,3 +36,11 @@ def write_source(
     if manifest:
         write_manifest(directory, result)
     return result
+
+
+def write_sparse(directory: Path, prefix: str, shards: int, tokens: int) -> None:
+    """Shards of zeros that take no room on the disk."""
+    for number in range(shards):
+        with open(directory / f"{prefix}_{number:010d}.bin", "wb") as file:
+            file.write(HEADER.pack(MAGIC, 1, 8, tokens))
+            file.truncate(HEADER.size + 2 * tokens)

@@ -12,19 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packed_data import write_sparse
 
 from lit_gpt.packed_dataset import PackedDataset, PackedLoader
-from lit_gpt.shards import HEADER, MAGIC, write_shard
+from lit_gpt.shards import write_shard
 
 BLOCK_SIZE = 2048
-
-
-def write_sparse(directory: Path, shards: int, tokens: int) -> None:
-    """Shards of zeros that take no room on the disk."""
-    for number in range(shards):
-        with open(directory / f"train_{number:010d}.bin", "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, 8, tokens))
-            file.truncate(HEADER.size + 2 * tokens)
 
 
 def write_random(directory: Path, shards: int, tokens: int) -> None:
@@ -72,7 +65,7 @@ def measure_afresh(directory: Path, *arguments: int) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads memory and CPU time from /proc")
 def test_a_trillion_tokens_in_10_000_shards(tmp_path):
-    write_sparse(tmp_path, 10_000, 100_000_000)
+    write_sparse(tmp_path, "train", 10_000, 100_000_000)
     for start in (0, 10**6, 4 * 10**8):
         result = measure_afresh(tmp_path, start, 8, 500)
         assert result["first_batch_s"] < 2, result  # opening, resuming, starting the worker; headers of all shards
@@ -97,7 +90,7 @@ if __name__ == "__main__":
         print(json.dumps(measure(arguments.directory, *arguments.numbers)))
         sys.exit()
     with tempfile.TemporaryDirectory() as directory:
-        write_sparse(Path(directory), 10_000, 100_000_000)
+        write_sparse(Path(directory), "train", 10_000, 100_000_000)
         for start in (0, 10**6, 4 * 10**8):
             print("1T tokens, 10,000 sparse shards, from sequence", start, measure_afresh(directory, start, 8, 2000))
     with tempfile.TemporaryDirectory() as directory:
