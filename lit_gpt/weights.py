@@ -7,7 +7,6 @@ with whole_folder(Path("out/hf")) as folder:       # appears under its name when
 
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -98,15 +97,14 @@ def load_pickle(path: Path) -> dict[str, Any]:
         ValueError: damaged, not a dict, or a pickle that would run code.
     """
     try:
-        try:
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as e:
-            if "mmap" not in str(e):
-                raise
-            data = torch.load(path, map_location="cpu", weights_only=True)  # torch < 1.6 did not write zip files
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        reason = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
-        raise ValueError(f"{path} is refused: damaged, or a pickle that holds more than tensors ({reason})") from e
+        with open(path, "rb") as f:
+            is_zip = f.read(4) == b"PK\3\4"  # what torch has written since 1.6, and what it can map
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except OSError:
+        raise
+    except Exception as e:  # a damaged file raises whatever its bytes happen to mean
+        reason = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        raise ValueError(f"{path} is refused: damaged, or a pickle that holds more than tensors ({reason[0]})") from e
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a file of weights: it holds a {type(data).__name__}")
     return data

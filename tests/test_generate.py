@@ -122,7 +122,7 @@ def test_the_context_limit_keeps_what_was_generated():
     [
         ([], {}, "prompt is empty"),
         ([1] * 65, {}, "the prompt has 65 tokens; the model takes 64"),
-        ([1, 320], {}, "token id 320 in the prompt; the model knows 0 to 319"),
+        ([1, 512], {}, "token id 512 in the prompt; the model knows 0 to 511"),
         ([1], dict(temperature=-1.0), "temperature -1.0"),
         ([1], dict(top_k=0), "top_k 0"),
         ([1], dict(top_p=0.0), "top_p 0.0"),

@@ -13,7 +13,7 @@ from lit_gpt.hf import shapes
 from lit_gpt.pretrained import Pretrained, write_lit
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(n_layer=2, n_embd=64, n_head=4, n_query_groups=2, intermediate_size=96, block_size=64, vocab_size=320)
+TINY = dict(n_layer=2, n_embd=64, n_head=4, n_query_groups=2, intermediate_size=96, block_size=64, vocab_size=512)
 
 
 def random_weights(config: Config, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -34,7 +34,7 @@ def train_sentencepiece(path: Path, **options) -> Path:
     model = io.BytesIO()
     llama = dict(
         model_type="bpe",
-        vocab_size=320,
+        vocab_size=512,
         byte_fallback=True,
         character_coverage=0.98,
         normalization_rule_name="identity",
