@@ -41,8 +41,10 @@ DELIMITERS = {"bos+eos": (True, True), "eos": (False, True), "bos": (True, False
 """What is put (before, after) every document"""
 CHUNK_SIZE = 2049 * 1024
 """Tokens in a shard, as in TinyLlama"""
+CHECK_FIRST = 100_000
+"""So many characters of the first documents are encoded by the reference too"""
 CHECK_EVERY = 1000
-"""One document in so many is encoded by the reference too"""
+"""Afterwards one document in so many is encoded by the reference too"""
 TOTALS = ("documents", "tokens", "text_bytes")
 NOT_YET = dict.fromkeys(TOTALS, 0) | {"shards": [], "complete": False}
 """What the manifest says of itself while the journal keeps the accounts"""
@@ -81,7 +83,7 @@ class UnitEncoder:
         self.head, self.tail = tokenizer.delimiters(bos=bos, eos=eos)
         self.dtype = token_dtype(tokenizer.vocab_size)
         self._source_index, self._source = -1, None
-        self._until_check = 0
+        self._until_check = self._checked = 0
 
     def __call__(self, task: list[tuple[int, int]]) -> list[EncodedUnit]:
         """Encode the units [(index of the file, index of the unit in it), ...] as one batch."""
@@ -120,9 +122,14 @@ class UnitEncoder:
         return self._source.read(unit_index, self.fields)
 
     def _check(self, texts: list[str]) -> None:
-        """Hold some documents against the reference: the first of all, then one in CHECK_EVERY."""
+        """Hold some documents against the reference: the first CHECK_FIRST characters, then one in CHECK_EVERY."""
         sample = texts[self._until_check :: CHECK_EVERY]
         self._until_check = (self._until_check - len(texts)) % CHECK_EVERY
+        for text in texts:
+            if self._checked >= CHECK_FIRST:
+                break
+            self._checked += len(text)
+            sample.append(text)
         if (text := self.encoder.disagreement(sample)) is not None:
             raise ValueError(
                 f"gigatoken's ids differ from the reference tokenizer's on the document that begins {text[:60]!r}; "
@@ -353,7 +360,7 @@ def prepare(args: PrepareArgs, prefix: str, patterns: list[str], fields: Fields)
         try:
             with _executor(unit_encoder, args) as executor:
                 units = _encode_in_order(executor, 2 * args.processes, paths, output.next[:2])
-                peak_memory = _write(units, output, args)
+                peak_memory = _write(units, paths, output, args)
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 "a worker process died (killed, or out of memory: then take fewer --processes); "
@@ -380,7 +387,9 @@ def _executor(unit_encoder: UnitEncoder, args: PrepareArgs) -> Iterator[Executor
         executor.shutdown(cancel_futures=True)
 
 
-def _write(units: Iterator[tuple[int, int, EncodedUnit]], output: "Output", args: PrepareArgs) -> int:
+def _write(
+    units: Iterator[tuple[int, int, EncodedUnit]], paths: list[Path], output: "Output", args: PrepareArgs
+) -> int:
     """Hand all units to the output, with a progress bar. Returns the bytes of memory that the largest worker took."""
     from tqdm import tqdm
 
@@ -389,7 +398,7 @@ def _write(units: Iterator[tuple[int, int, EncodedUnit]], output: "Output", args
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=output.manifest.prefix, smoothing=0.1) as bar:
         for source, index, unit in units:
             if unit.bad and args.on_error == "stop":
-                output.stop_at(source, unit)
+                output.stop_at(paths[source], source, unit)
             output.add(source, index, unit)
             bar.update(int(sum(sizes[:source]) + unit.progress * sizes[source]) - bar.n)
             peak_memory = max(peak_memory, unit.peak_memory)
@@ -525,15 +534,14 @@ class Output:
                     f"{self._manifest_path}: the source {a['path']} has changed since it was begun; {ANEW}"
                 )
 
-    def stop_at(self, source: int, unit: EncodedUnit) -> None:
+    def stop_at(self, path: Path, source: int, unit: EncodedUnit) -> None:
         """Raise ValueError for the bad input in a unit; its file may be mended without beginning anew."""
-        path = self.manifest.sources[source]["path"]
-        self.manifest.extra["stopped_at"] = path
+        self.manifest.extra["stopped_at"] = self.manifest.sources[source]["path"]
         write_manifest(self.directory, replace(self.manifest, **NOT_YET))
         line, why = unit.bad[0]
-        where = f", line {self._rows[source] + line + 1}" if line is not None else ""
+        where = "" if line is None else f", line {self._rows[source] + line + 1}"
         more = f" (and {len(unit.bad) - 1} more near it)" if len(unit.bad) > 1 else ""
-        raise ValueError(f"{path}{where}: {why}{more}; mend it, or leave such lines out with --on_error skip")
+        raise ValueError(f"{path}{where}: {why}{more}; mend it, or leave out what is unreadable with --on_error skip")
 
     def add(self, source: int, index: int, unit: EncodedUnit) -> None:
         """Take the next unit of the stream: fill shards with its tokens, and account for it."""
