@@ -22,7 +22,6 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lit_gpt import checkpoint
 from lit_gpt.cli import one_line_errors, parse
@@ -30,7 +29,7 @@ from lit_gpt.config import Config
 from lit_gpt.kernels import IGNORE_INDEX, select_kernels
 from lit_gpt.metrics import Metrics, plot_loss
 from lit_gpt.model import GPT
-from lit_gpt.optim import lr_at, param_groups
+from lit_gpt.optim import clip_and_step, lr_at, param_groups
 from lit_gpt.packed_dataset import PackedDataset, PackedLoader, ValidationSet
 from lit_gpt.speed_monitor import flops_per_token, peak_flops
 
@@ -100,9 +99,9 @@ class TrainArgs:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 computes in bfloat16 over fp32 weights; auto is bf16 on a GPU that has it, else fp32."""
     kernels: str = "auto"
-    """Backends of the fused operations; the choice is printed."""
-    compile: bool | None = None
-    """torch.compile each block; default: on a GPU."""
+    """Backends of the fused operations: auto, torch, triton, compile, or with attention's as in triton+cudnn."""
+    recompute: bool = False
+    """Keep no activations inside a block but compute them again in the backward: slower, and fits smaller GPUs."""
     seed: int = 3407
     """Of the weights and of the order of the data."""
 
@@ -201,22 +200,22 @@ def main(args: TrainArgs) -> None:
     else:
         model.init_weights(args.seed)
     n_parameters = sum(p.numel() for p in model.parameters())
-    if args.compile or (args.compile is None and fabric.device.type == "cuda"):
+    model.recompute = args.recompute
+    if bf16 and fabric.world_size == 1:  # FSDP casts what it gathers
+        model.compute_in(torch.bfloat16)
+    if kernels.compile_blocks:
         for block in model.transformer.h:
             block.compile()
     model = fabric.setup_module(model)
-    optimizer = fabric.setup_optimizers(
-        torch.optim.AdamW(
-            param_groups(model, args.weight_decay), lr=args.learning_rate, betas=(args.beta1, args.beta2), fused=True
-        )
-    )
+    groups = param_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), fused=True)
 
     # Resume: everything that the next step depends on is in the checkpoint.
     step = 0
     if resume_from is not None:
         meta = checkpoint.check(resume_from)
         refuse_other_model(resume_from, Config(**meta["config"]), config)
-        checkpoint.load(resume_from, model.module, optimizer.optimizer)
+        checkpoint.load(resume_from, model.module, optimizer)
         loader.load_state_dict(meta["loader"], args.resume_mix)
         step = meta["step"]
         fabric.print(f"resumed model, optimizer, RNG and data position from {resume_from}")
@@ -278,16 +277,7 @@ def train(
                 fabric.backward(loss * (world_size / n_valid))
             loss_sum += loss.detach()
 
-        # Clip, and see that the step is sound: one host sync for each optimizer step, the same verdict on all ranks.
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        grad_norm = get_total_norm(gradients)
-        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
-        clip_grads_with_norm_(model.parameters(), args.grad_clip, grad_norm)
-        verdict = torch.stack((loss_sum, torch.tensor(float(interrupt.requested), device=fabric.device)))
-        loss_sum, interrupted = fabric.all_reduce(verdict, reduce_op="sum").tolist()
-        loss, grad_norm = loss_sum / n_valid.item(), grad_norm.item()
-
-        # Step.
+        # Clip and step. A gradient that is not finite, the same on all ranks, changes nothing.
         lr = lr_at(
             step,
             max_steps=max_steps,
@@ -299,9 +289,13 @@ def train(
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            optimizer.step()
-        else:
+        grad_norm = clip_and_step(optimizer, args.grad_clip)
+
+        # The one wait for the device in an optimizer step: loss, norm, and whether any rank was asked to stop.
+        asked = torch.tensor(float(interrupt.requested), device=fabric.device)
+        loss_sum, asked = fabric.all_reduce(torch.stack((loss_sum, asked)), reduce_op="sum").tolist()
+        loss, grad_norm, interrupted = loss_sum / n_valid.item(), grad_norm.item(), asked > 0
+        if not math.isfinite(grad_norm):
             where = f"step {step + 1} (global sequences {first_sequence:,} to {loader.sequences:,})"
             if args.nonfinite == "stop":
                 raise ValueError(
@@ -314,7 +308,7 @@ def train(
         tokens_since += args.global_batch_tokens
 
         # Log.
-        done = step == last_step or bool(interrupted)
+        done = step == last_step or interrupted
         if metrics and (step % args.log_interval == 0 or done):
             elapsed_s = time.perf_counter() - t0
             speed = tokens_since / elapsed_s
@@ -359,7 +353,7 @@ def train(
                 "tokenizer": loader.dataset.tokenizer,
                 "args": as_json(args),
             }
-            saved = checkpoint.save(run_dir, step, model.module, optimizer.optimizer, meta)
+            saved = checkpoint.save(run_dir, step, model.module, optimizer, meta)
             checkpoint.prune(run_dir, args.keep_checkpoints, args.permanent_interval)
             fabric.print(f"step {step}: saved {saved}")
         t0 += time.perf_counter() - t_pause  # validation and checkpoints are not training speed
@@ -407,7 +401,6 @@ def launch(args: TrainArgs) -> Fabric:
         devices=args.devices,
         num_nodes=args.num_nodes,
         strategy=ModelParallelStrategy(shard) if world_size > 1 else "auto",
-        precision="bf16-mixed" if bf16 and world_size == 1 else "32-true",
     )
     if "LT_CLI_USED" not in os.environ:  # `fabric run` has started the processes already
         fabric.launch()

@@ -1,0 +1,275 @@
+"""The train loop, run for real on the CPU with a model of a few thousand parameters."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lit_gpt import checkpoint
+from lit_gpt.metrics import read_metrics
+from lit_gpt.model import GPT
+from lit_gpt.shards import write_shard
+
+ROOT = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location("tinyllama", ROOT / "pretrain" / "tinyllama.py")
+tinyllama = importlib.util.module_from_spec(spec)
+sys.modules["tinyllama"] = tinyllama  # where dataclasses look their annotations up
+spec.loader.exec_module(tinyllama)
+
+MODEL = dict(n_layer=2, n_embd=32, n_head=4, n_query_groups=2, intermediate_size=48, block_size=32, vocab_size=128)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    for prefix, tokens in (("train_slim", 9000), ("train_star", 5000), ("validation", 1000)):
+        ids = np.minimum(rng.zipf(1.5, tokens), 127)
+        for i, part in enumerate(np.array_split(ids, 3)):
+            write_shard(folder / f"{prefix}_{i:010d}.bin", part.astype(np.uint16))
+    return folder
+
+
+@pytest.fixture
+def flags(data, tmp_path) -> dict:
+    """A run of 8 steps of 16 sequences."""
+    return dict(
+        train_data_dir=data,
+        val_data_dir=data,
+        model="tiny_LLaMA_demo",
+        model_overrides=MODEL,
+        global_batch_tokens=16 * 32,
+        micro_batch_size=4,
+        max_steps=8,
+        warmup_steps=2,
+        learning_rate=1e-2,
+        min_lr=1e-3,
+        eval_interval=3,
+        save_interval=3,
+        accelerator="cpu",
+        num_workers=0,
+        out_dir=tmp_path / "out",
+        name="run",
+    )
+
+
+def train(flags: dict, **more) -> Path:
+    args = tinyllama.TrainArgs(**{**flags, **more})
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        tinyllama.main(args)
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    return args.out_dir / args.name
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {int(row["step"]): row["loss"] for row in read_metrics(run_dir / "metrics.csv") if "loss" in row}
+
+
+def command(flags: dict, **more) -> list[str]:
+    words = []
+    for flag, value in {**flags, **more}.items():
+        words += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return [str(ROOT / "pretrain" / "tinyllama.py"), *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.filterwarnings("ignore:.*no manifest")
+class TestInOneProcess:
+    def test_a_run_learns_validates_saves_and_draws(self, flags):
+        run_dir = train(flags)
+        by_step = losses(run_dir)
+        assert list(by_step) == list(range(1, 9))
+        assert by_step[8] < by_step[1] - 0.2
+        rows = [row for row in read_metrics(run_dir / "metrics.csv") if "val_loss" in row]
+        assert [row["step"] for row in rows] == [3, 6, 8]
+        assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+        assert [d.name for d in checkpoint.steps(run_dir)] == ["step-00000003", "step-00000006", "step-00000008"]
+        assert (run_dir / "loss.png").exists()
+        assert json.loads((run_dir / "args.json").read_text())["args"]["learning_rate"] == 1e-2
+        meta = checkpoint.check(run_dir / "step-00000008")
+        assert meta["tokens_seen"] == 8 * 512 and meta["loader"]["sequences"] == 8 * 16
+
+    @pytest.mark.parametrize("stop_at_step", [3, 5])
+    def test_an_interrupted_run_equals_a_straight_one_to_the_bit(self, flags, stop_at_step):
+        straight = train(flags, name="straight")
+        train(flags, stop_at_step=stop_at_step)
+        resumed = train(flags, resume=True)
+        columns = ("step", "tokens", "loss", "learning_rate", "grad_norm", "val_loss")
+        what = [
+            [tuple(row.get(c) for c in columns) for row in read_metrics(d / "metrics.csv")] for d in (straight, resumed)
+        ]
+        stopped = what[1].pop([row[0] for row in what[1]].index(stop_at_step) + 1)  # validation at the stop
+        assert stopped[5] is not None
+        if stop_at_step % flags["eval_interval"] == 0:
+            what[1].insert([row[0] for row in what[1]].index(stop_at_step) + 1, stopped)
+        assert what[0] == what[1]
+        a, b = (checkpoint.load_weights(d / "step-00000008") for d in (straight, resumed))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+    def test_the_micro_batch_does_not_matter(self, flags):
+        a = losses(train(flags, name="a", micro_batch_size=2))
+        b = losses(train(flags, name="b", micro_batch_size=16))
+        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-5)
+
+    def test_validation_counts_every_target_once(self, flags, data):
+        run_dir = train(flags, max_steps=2, warmup_steps=1)
+        [row] = [row for row in read_metrics(run_dir / "metrics.csv") if "val_loss" in row]
+        model = GPT(checkpoint.config(run_dir / "step-00000002"))
+        model.load_state_dict(checkpoint.load_weights(run_dir / "step-00000002"))
+        stream = [np.fromfile(p, np.uint16, offset=24) for p in sorted(data.glob("validation*.bin"))]
+        tokens = torch.from_numpy(np.concatenate(stream).astype(np.int64))
+        with torch.no_grad():
+            total = 0.0
+            for start in range(0, len(tokens) - 1, 32):
+                piece = tokens[start : start + 33][None]
+                total += model(piece[:, :-1], piece[:, 1:]).item()
+        assert row["val_loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+
+    def test_existing_runs_are_not_overwritten(self, flags):
+        train(flags, max_steps=2, warmup_steps=1)
+        with pytest.raises(ValueError, match="already holds step-00000002: pass --resume true"):
+            train(flags)
+        with pytest.raises(ValueError, match="holds no complete checkpoint"):
+            train(flags, name="new", resume=True)
+        assert losses(train(flags, name="new", resume="auto", max_steps=2, warmup_steps=1))
+
+    def test_a_damaged_checkpoint_is_not_resumed(self, flags):
+        run_dir = train(flags, stop_at_step=3)
+        file = next((run_dir / "step-00000003").glob("*.distcp"))
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(ValueError, match="step-00000003 is not a complete checkpoint"):
+            train(flags, resume=True)
+
+    def test_a_resume_refuses_another_model_or_mix(self, flags):
+        train(flags, stop_at_step=2)
+        with pytest.raises(ValueError, match="another model: n_layer 2 -> 3"):
+            train(flags, resume=True, model_overrides={**MODEL, "n_layer": 3})
+        with pytest.raises(ValueError, match="--resume_mix change"):
+            train(flags, resume=True, train_mix={"train_slim": 0.5, "train_star": 0.5})
+
+    def test_init_from_takes_the_weights_and_nothing_else(self, flags):
+        first = train(flags)
+        second = train(flags, name="second", init_from=first / "step-00000008", max_steps=1, warmup_steps=0)
+        assert losses(second)[1] < losses(first)[1] - 0.2
+        assert checkpoint.check(second / "step-00000001")["loader"]["sequences"] == 16
+
+    @pytest.mark.parametrize(
+        "wrong, message",
+        [
+            (dict(micro_batch_size=3), "--global_batch_tokens 512 is not a multiple of 96"),
+            (dict(min_lr=1.0), "--min_lr 1.0 is not between"),
+            (dict(warmup_steps=9), "--warmup_steps and --decay_steps do not fit"),
+            (dict(max_tokens=512), "give one of --max_tokens, --max_steps and --max_epochs"),
+            (dict(model="tiny_llama_1b"), "Did you mean 'tiny_LLaMA_1b'"),
+            (dict(model_overrides={**MODEL, "vocab_size": 100}), r"outside the model's vocabulary \[0, 100\)"),
+            (dict(train_mix={"train_slime": 1.0}), "no shards train_slime"),
+            (dict(micro_batch_size=3, min_lr=1.0), "multiple of 96.*--min_lr"),
+        ],
+    )
+    def test_mistakes_are_named_and_leave_nothing(self, flags, wrong, message):
+        with pytest.raises((ValueError, OSError), match=message):
+            train(flags, **wrong)
+        assert not list(flags["out_dir"].rglob("step-*"))
+
+    def test_a_broken_shard_is_named(self, flags, tmp_path):
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        (broken / "train_slim_0000000000.bin").write_bytes(b"NOTASHARD" * 10)
+        with pytest.raises(ValueError, match="train_slim_0000000000.bin"):
+            train(flags, train_data_dir=broken, train_mix={"train_slim": 1.0})
+
+    def test_horizons(self):
+        steps = lambda **horizon: tinyllama.TrainArgs(global_batch_tokens=1000, **horizon).steps(50_000)  # noqa: E731
+        assert steps(max_tokens=7000) == steps(max_steps=7) == 7
+        assert steps(max_epochs=2) == 100
+        assert tinyllama.TrainArgs().steps(1) == 1_430_511
+
+    def test_a_step_that_is_not_finite_stops_or_is_skipped(self, flags, monkeypatch, capsys):
+        forward, calls = GPT.forward, []
+
+        def poisoned(self, idx, targets=None, **kw):
+            out = forward(self, idx, targets, **kw)
+            calls.append(self.training)
+            return out * float("nan") if sum(calls) == 6 and self.training else out
+
+        monkeypatch.setattr(GPT, "forward", poisoned)
+        flags = dict(flags, micro_batch_size=4, save_interval=1, val_data_dir=None)  # 4 micro-batches: it is in step 2
+        with pytest.raises(ValueError, match=r"step 2 \(global sequences 16 to 32\): loss nan"):
+            train(flags)
+        assert [d.name for d in checkpoint.steps(flags["out_dir"] / "run")] == ["step-00000001"]
+
+        calls.clear()
+        run_dir = train(flags, name="skip", nonfinite="skip")
+        assert "step 2 (global sequences 16 to 32)" in capsys.readouterr().out
+        a, b = (checkpoint.load_weights(run_dir / f"step-0000000{i}") for i in (6, 8))
+        assert all(torch.isfinite(p).all() for p in b.values()) and not torch.equal(
+            *(w["lm_head.weight"] for w in (a, b))
+        )
+
+
+@pytest.mark.slow
+class TestInSeveralProcesses:
+    def launch(self, flags: dict, processes: int, *runs: dict) -> None:
+        """`lightning run model` on a script that does several runs, since starting processes takes longer than them."""
+        script = flags["out_dir"].with_name("runs.py")
+        calls = [{**flags, **run} for run in runs]
+        script.write_text(
+            "import sys, runpy\nfrom pathlib import *\n"
+            f"main = runpy.run_path({str(ROOT / 'pretrain' / 'tinyllama.py')!r})\n"
+            f"for flags in {calls!r}: main['main'](main['TrainArgs'](**flags))\n"
+        )
+        launcher = "import sys; from lit_gpt.lightning_cli import main; sys.argv[0] = 'lightning'; main()"
+        words = [
+            "run",
+            "model",
+            f"--devices={processes}",
+            "--accelerator=cpu",
+            f"--main-port={29500 + os.getpid() % 999}",
+        ]
+        command = [sys.executable, "-c", launcher, *words, str(script)]
+        out = subprocess.run(command, capture_output=True, text=True, env=environment())
+        assert out.returncode == 0, out.stderr[-3000:]
+
+    @pytest.mark.filterwarnings("ignore:.*no manifest")
+    def test_any_number_of_processes_gives_the_same_losses_and_resumes_any_other(self, flags):
+        flags = dict(flags, val_data_dir=None)
+        one = losses(train(flags))
+        mixed = dict(name="mixed", resume="auto")
+        self.launch(flags, 2, dict(name="two"), dict(mixed, stop_at_step=2))
+        self.launch(flags, 4, dict(name="four"), dict(mixed, stop_at_step=4))
+        train(flags, **mixed, stop_at_step=6)
+        self.launch(flags, 2, mixed)
+        for name in ("two", "four", "mixed"):
+            assert losses(flags["out_dir"] / name) == pytest.approx(one, rel=1e-6), name
+
+    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_finishes_the_step_saves_and_ends_well(self, flags, signum):
+        process = subprocess.Popen(
+            [sys.executable, *command(flags, max_steps=100_000, val_data_dir="null")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        time.sleep(0.5)
+        process.send_signal(signum)
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 0 and "interrupted: go on with --resume true" in rest
+        newest = checkpoint.steps(flags["out_dir"] / "run")[-1]
+        assert f"saved {newest}" in rest and checkpoint.check(newest)["step"] >= 1
