@@ -316,10 +316,15 @@ def _parse_carefully(row: int, line: bytes, unit: Unit, fields: Fields, record_t
     import msgspec
 
     try:
-        values = get(msgspec.convert(json.loads(line.decode("utf-8-sig")), record_type))
+        # What is broken outside of the fields that are asked for does no harm, here as in the fast parser.
+        values = get(msgspec.convert(json.loads(line.decode("utf-8-sig", "surrogateescape")), record_type))
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        unit.bad.append((row, "a lone surrogate (half of a \\ud83d\\ude00 pair) is not Unicode text"))
+        try:
+            line.decode()
+            unit.bad.append((row, "a lone surrogate (half of a \\ud83d\\ude00 pair) is not Unicode text"))
+        except UnicodeDecodeError as error:
+            unit.bad.append((row, str(error)))
     except (ValueError, RecursionError) as error:
         unit.bad.append((row, str(error)))
     else:

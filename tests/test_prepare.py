@@ -315,13 +315,12 @@ def kill_and_restart(tmp_path: Path, tokenizer: Path, processes: int, kills: int
     make_corpus(source, files=6, documents=1500, size=600 if kills > 5 else 200)
     subprocess.run(command(source, tokenizer, tmp_path / "straight", "--processes=1"), check=True, capture_output=True)
     again = command(source, tokenizer, out, f"--processes={processes}", "--engine=reference")
-    journal = out / "train_slimpajama.journal.jsonl"
     for _ in range(kills):
         process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        begun = journal.stat().st_mtime_ns if journal.exists() else 0
-        while process.poll() is None and not (journal.exists() and journal.stat().st_mtime_ns > begun):
-            time.sleep(0.01)
-        time.sleep(r.uniform(0, 0.3))
+        target = len(list(out.glob("*.bin"))) + r.randrange(6)
+        while process.poll() is None and (not out.exists() or len(list(out.glob("*.bin"))) < target):
+            time.sleep(0.002)
+        time.sleep(r.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
         deadline = time.monotonic() + 20
