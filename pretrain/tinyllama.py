@@ -11,6 +11,7 @@ and checkpoints step-00005000/. `--help` lists all flags, `--print_config` shows
 import json
 import math
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -26,12 +27,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from lit_gpt import checkpoint
 from lit_gpt.cli import one_line_errors, parse
 from lit_gpt.config import Config
+from lit_gpt.hf import check_weights
 from lit_gpt.kernels import IGNORE_INDEX, select_kernels
 from lit_gpt.metrics import Metrics, plot_loss
 from lit_gpt.model import GPT
 from lit_gpt.optim import clip_and_step, lr_at, param_groups
-from lit_gpt.packed_dataset import PackedDataset, PackedLoader, ValidationSet
+from lit_gpt.packed_dataset import DocumentBatch, PackedDataset, PackedLoader, ValidationSet
+from lit_gpt.pretrained import open_pretrained
 from lit_gpt.speed_monitor import flops_per_token, peak_flops
+from lit_gpt.tokenizer import Tokenizer
 
 
 @dataclass
@@ -46,6 +50,10 @@ class TrainArgs:
     """Prefix of shards -> its share of the training sequences."""
     val_prefixes: list[str] = field(default_factory=lambda: ["validation"])
     """Prefixes of the validation shards."""
+    document_mask: bool = False
+    """Attend within documents only and learn no transition between them; default: plain concatenation, the recipe."""
+    tokenizer_path: Path | None = None
+    """Folder or file of the shards' tokenizer, to be copied into the run for conversion and generation."""
     num_workers: int = 1
     """Processes per device that read data ahead; 0 reads in the training process."""
 
@@ -54,7 +62,7 @@ class TrainArgs:
     model_overrides: dict[str, int | float | str | bool] = field(default_factory=dict)
     """Fields of Config that differ from the preset, e.g. --model_overrides.n_layer 4."""
     init_from: Path | None = None
-    """Start a new run from the weights of this checkpoint (a step-... folder); optimizer, data and step start anew."""
+    """Start a new run from the weights in this run, step-... folder, Hugging Face folder or original .pth."""
 
     global_batch_tokens: int = 2_097_152
     """Tokens in one optimizer step, over all devices and micro-batches."""
@@ -172,21 +180,17 @@ def main(args: TrainArgs) -> None:
     resume_from = find_checkpoint(args, run_dir)
 
     # Data first: what is wrong with it shows before minutes go into the model.
-    dataset = PackedDataset(
-        args.train_data_dir, args.train_mix, config.block_size, seed=args.seed, vocab_size=config.vocab_size
-    )
+    what = dict(block_size=config.block_size, vocab_size=config.vocab_size, document_mask=args.document_mask)
+    dataset = PackedDataset(args.train_data_dir, args.train_mix, seed=args.seed, **what)
     loader = PackedLoader(dataset, args.micro_batch_size, fabric.global_rank, fabric.world_size, args.num_workers)
     val_set = None
     if args.val_data_dir is not None:
-        val_set = ValidationSet(
-            args.val_data_dir,
-            args.val_prefixes,
-            config.block_size,
-            vocab_size=config.vocab_size,
-            max_sequences=args.eval_sequences,
-        )
+        val_set = ValidationSet(args.val_data_dir, args.val_prefixes, max_sequences=args.eval_sequences, **what)
     max_steps = args.steps(sum(stream.tokens for stream in dataset.streams.values()))
     args.check(config.block_size, fabric.world_size, max_steps)
+    tokenizer = args.tokenizer_path and Tokenizer(args.tokenizer_path)
+    if tokenizer and dataset.tokenizer and tokenizer.sha256 != dataset.tokenizer["sha256"]:
+        raise ValueError(f"--tokenizer_path {tokenizer.path} is not the tokenizer that made {args.train_data_dir}")
     fabric.print(dataset.table())
 
     # The model, real from the start and the same at any world size; then sharded, if there is more than one device.
@@ -195,8 +199,12 @@ def main(args: TrainArgs) -> None:
     with fabric.device:
         model = GPT(config, kernels)
     if args.init_from is not None:
-        model.load_state_dict(checkpoint.load_weights(args.init_from))
-        fabric.print(f"weights from {args.init_from}")
+        pretrained = open_pretrained(args.init_from)
+        check_weights(config, pretrained.weights)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(pretrained.weights[name])
+        fabric.print(f"weights from {pretrained.path}; optimizer, data and step start anew")
     else:
         model.init_weights(args.seed)
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -233,6 +241,9 @@ def main(args: TrainArgs) -> None:
     )
     if fabric.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if tokenizer:
+            (run_dir / "tokenizer").mkdir(exist_ok=True)
+            shutil.copy(tokenizer.path, run_dir / "tokenizer")
         (run_dir / "args.json").write_text(json.dumps({"args": as_json(args), "model": config.to_dict()}, indent=1))
     train(fabric, args, model, optimizer, loader, val_set, step, max_steps, run_dir)
 
@@ -264,16 +275,15 @@ def train(
         first_sequence = loader.sequences
         micro_batches = [next(batches) for _ in range(accumulation)]
         data_wait_s += time.perf_counter() - t_fetch
-        n_valid = sum((b[:, 1:] != IGNORE_INDEX).sum() for b in micro_batches).to(fabric.device)
+        n_valid = sum((targets_of(batch) != IGNORE_INDEX).sum() for batch in micro_batches).to(fabric.device)
         n_valid = fabric.all_reduce(n_valid, reduce_op="sum")
 
         # Forward and backward. The gradient is that of the sum over all ranks' targets, divided once by their number;
         # FSDP averages gradients over ranks, hence x world_size.
         loss_sum = torch.zeros((), device=fabric.device)
         for i, batch in enumerate(micro_batches):
-            batch = fabric.to_device(batch)
             with fabric.no_backward_sync(model, enabled=i < accumulation - 1):
-                loss = model(batch[:, :-1].clamp(min=0), batch[:, 1:])
+                loss = forward(model, fabric.to_device(batch))
                 fabric.backward(loss * (world_size / n_valid))
             loss_sum += loss.detach()
 
@@ -351,6 +361,7 @@ def train(
                 "config": config.to_dict(),
                 "loader": loader.state_dict(),
                 "tokenizer": loader.dataset.tokenizer,
+                "delimiters": loader.dataset.delimiters,
                 "args": as_json(args),
             }
             saved = checkpoint.save(run_dir, step, model.module, optimizer, meta)
@@ -371,11 +382,23 @@ def validate(fabric: Fabric, model: torch.nn.Module, val_set: ValidationSet, mic
     total = torch.zeros(2, device=fabric.device, dtype=torch.float64)  # loss, targets
     for batch in val_set.batches(micro_batch_size, fabric.global_rank, fabric.world_size):
         batch = fabric.to_device(batch)
-        targets = batch[:, 1:]
-        total += torch.stack((model(batch[:, :-1].clamp(min=0), targets).double(), (targets != IGNORE_INDEX).sum()))
+        total += torch.stack((forward(model, batch).double(), (targets_of(batch) != IGNORE_INDEX).sum()))
     model.train()
     loss, n_targets = fabric.all_reduce(total, reduce_op="sum").tolist()
     return loss / n_targets
+
+
+def forward(model: torch.nn.Module, batch: torch.Tensor | DocumentBatch) -> torch.Tensor:
+    """Loss summed over the targets of a batch; with documents, each sees itself alone."""
+    tokens, cu_seqlens = (batch.tokens, batch.cu_seqlens) if isinstance(batch, DocumentBatch) else (batch, None)
+    return model(tokens[:, :-1].clamp(min=0), targets_of(batch), cu_seqlens=cu_seqlens)
+
+
+def targets_of(batch: torch.Tensor | DocumentBatch) -> torch.Tensor:
+    """(B, T) next tokens, IGNORE_INDEX past the end of the data and, with documents, where another one begins."""
+    if isinstance(batch, DocumentBatch):
+        return batch.tokens[:, 1:].masked_fill(batch.loss_weights == 0, IGNORE_INDEX)
+    return batch[:, 1:]
 
 
 def launch(args: TrainArgs) -> Fabric:

@@ -36,7 +36,7 @@ class DemoArgs:
     """Where the corpus, the tokenizer and the shards go."""
     out_dir: Path = Path("out")
     """The run goes to out_dir/demo, started anew each time."""
-    max_steps: int = 300
+    max_steps: int = 240
     """Optimizer steps of 4,096 tokens."""
     code_bytes: int = 12_000_000
     """Take at most so much source code."""
@@ -72,6 +72,7 @@ def main(args: DemoArgs) -> None:
         model="tiny_LLaMA_demo",
         train_data_dir=shards,
         val_data_dir=shards,
+        tokenizer_path=tokenizer,
         global_batch_tokens=4096,
         micro_batch_size=16,
         max_steps=args.max_steps,
@@ -88,7 +89,7 @@ def main(args: DemoArgs) -> None:
 
     title("a Hugging Face model")
     hf_dir = run_dir / "hf"
-    python("scripts/convert_lit_checkpoint.py", checkpoint_dir=run_dir, out_dir=hf_dir, tokenizer_path=tokenizer)
+    python("scripts/convert_lit_checkpoint.py", checkpoint_dir=run_dir, out_dir=hf_dir)
     for prompt in ("def ", "Return the "):
         print(f"--- {prompt!r}\n{sample(hf_dir, prompt)}\n")
 
