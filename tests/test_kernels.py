@@ -12,6 +12,7 @@ import torch.nn.functional as F
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: by the first test that needs it
 
+from lit_gpt import kernels
 from lit_gpt.config import Config
 from lit_gpt.kernels import IGNORE_INDEX, ComputeWeights, cross_entropy, linear, rmsnorm, rope, select_kernels, swiglu
 from lit_gpt.kernels.attention import NAMES, attention, document_mask, load, usable
@@ -245,30 +246,51 @@ def test_gradients_accumulate_in_fp32_where_bf16_would_lose_them():
     assert model.a.grad[0, 0].item() == 264
 
 
-def test_the_fused_mlp_over_compute_weights(fused):
-    class MLP(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate, self.up, self.down = (
-                torch.nn.Parameter(randn(*s, scale=0.3)) for s in ((40, 24),) * 2 + ((24, 40),)
-            )
+class MLP(torch.nn.Module):
+    def __init__(self, C, width):
+        super().__init__()
+        shapes = ((width, C), (width, C), (C, width))
+        self.gate, self.up, self.down = (torch.nn.Parameter(randn(*s, seed=i) / 8) for i, s in enumerate(shapes))
 
-    mlp, exact = MLP(), MLP()
-    exact.load_state_dict(mlp.state_dict())
+
+def accumulates_like_fp32(function, mlp, exact):
+    """Over three batches: without a gradient, with those of gate and up in one buffer, and in two."""
     ComputeWeights(mlp, torch.bfloat16).refresh()
-    for seed in range(3):  # no gradient, one of one buffer, and once more
-        x = randn(2, 7, 24, seed=seed)
-        fused.swiglu_mlp(x.bfloat16(), mlp.gate, mlp.up, mlp.down).float().square().sum().backward()
-        swiglu.swiglu_mlp(x, exact.gate, exact.up, exact.down).square().sum().backward()
+    for seed in range(3):
+        x = randn(2, 7, mlp.gate.size(1), seed=seed).bfloat16()
+        function(x, *mlp.parameters()).float().square().sum().backward()
+        swiglu.swiglu_mlp(x.float(), *exact.parameters()).square().sum().backward()
+        if seed == 1:
+            for p in mlp.parameters():
+                p.grad = p.grad.clone()
     for (name, ours), reference in zip(mlp.named_parameters(), exact.parameters(), strict=True):
         assert ours.grad.dtype == torch.float32
         error = (ours.grad - reference.grad).norm() / reference.grad.norm()
         assert error < 1.2e-2, f"{name}: {error:.2e}"
-    for p in mlp.parameters():  # gradients that no longer lie in one buffer
-        p.grad = p.grad.clone()
-    before = mlp.up.grad.clone()
-    fused.swiglu_mlp(randn(1, 2, 24).bfloat16(), mlp.gate, mlp.up, mlp.down).sum().backward()
-    assert not torch.equal(before, mlp.up.grad)
+
+
+def test_the_fused_mlp_over_compute_weights(fused):
+    mlp, exact = MLP(24, 40), MLP(24, 40)
+    exact.load_state_dict(mlp.state_dict())
+    accumulates_like_fp32(fused.swiglu_mlp, mlp, exact)
+
+
+@pytest.mark.gpu
+def test_swiglu_inside_quacks_gemms():
+    problem = kernels._usable("quack", DEVICE, torch.bfloat16)
+    if problem:
+        pytest.skip(problem)
+    from lit_gpt.kernels import quack_mlp
+
+    mlp, exact = MLP(256, 640), MLP(256, 640)
+    exact.load_state_dict(mlp.state_dict())
+    plain = [p.detach().bfloat16().requires_grad_() for p in mlp.parameters()]
+    quack_mlp.swiglu_mlp(randn(2, 70, 256).bfloat16(), *plain).float().square().sum().backward()
+    swiglu.swiglu_mlp(randn(2, 70, 256), *exact.parameters()).square().sum().backward()
+    for ours, reference in zip(plain, exact.parameters(), strict=True):
+        assert (ours.grad - reference.grad).norm() / reference.grad.norm() < 1.2e-2
+    exact.zero_grad()
+    accumulates_like_fp32(quack_mlp.swiglu_mlp, mlp, exact)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -326,9 +348,9 @@ def test_attention_backends(name, D):
 SMALL = dict(n_layer=2, n_embd=32, n_head=4, n_query_groups=2, intermediate_size=48, vocab_size=100)
 
 
-def small(kernels=None):
+def small(selected=None):
     with DEVICE:
-        model = GPT(Config(**SMALL), kernels)
+        model = GPT(Config(**SMALL), selected)
     model.init_weights(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -339,13 +361,13 @@ def small(kernels=None):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "fused"])
 def test_a_bf16_step_has_the_gradients_of_fp32(backend, recompute, request):
-    kernels = None
+    selected = None
     if backend == "fused":
         from lit_gpt.kernels import ELEMENTWISE, Kernels
 
         fused = request.getfixturevalue("fused")
-        kernels = Kernels(**{op: getattr(fused, op) for op in ELEMENTWISE})
-    model, exact = small(kernels), small()
+        selected = Kernels(**{op: getattr(fused, op) for op in ELEMENTWISE})
+    model, exact = small(selected), small()
     model.compute_in(torch.bfloat16)
     model.recompute = recompute
     for seed in range(2):
@@ -365,9 +387,9 @@ def test_a_bf16_step_has_the_gradients_of_fp32(backend, recompute, request):
 
 
 def test_selection_falls_back_and_says_so():
-    kernels = select_kernels("auto", device=torch.device("cpu"), dtype=torch.float32)
-    assert kernels.attention is attention and not kernels.compile_blocks
-    assert "fa4 needs a CUDA GPU" in kernels.table() and "triton needs a CUDA GPU" in kernels.table()
+    selected = select_kernels("auto", device=torch.device("cpu"), dtype=torch.float32)
+    assert selected.attention is attention and not selected.compile_blocks
+    assert "fa4 needs a CUDA GPU" in selected.table() and "triton needs a CUDA GPU" in selected.table()
 
 
 def test_a_backend_that_was_named_must_work():

@@ -52,14 +52,15 @@ def select_kernels(name: str = "auto", *, device: torch.device, dtype: torch.dty
 
     Args:
         name: "auto"; or one for attention (fa4, fa2, cudnn, flash, xformers, math, torch), one for the rest (triton;
-            torch; compile: torch's, fused by block.compile()), or both joined by a plus, as "triton+cudnn". What is
-            not named is chosen as by "auto", except that "torch" alone means the references throughout.
+            quack: triton, and SwiGLU inside quack-kernels' GEMMs; torch; compile: torch's, fused by block.compile()),
+            or both joined by a plus, as "triton+cudnn". What is not named is chosen as by "auto", except that "torch"
+            alone means the references throughout.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run on this device and dtype.
         ImportError: a backend that was asked for by name is not installed; the message holds the install command.
     """
-    rest_names = ("triton", "compile", "torch")
+    rest_names = ("quack", "triton", "compile", "torch")
     attention_name = rest_name = "auto"
     for part in name.split("+"):
         if part in rest_names and rest_name == "auto":
@@ -72,16 +73,23 @@ def select_kernels(name: str = "auto", *, device: torch.device, dtype: torch.dty
     if name == "torch":
         attention_name = "torch"
 
-    rest, why_rest = _choose(rest_name, ("triton", "torch"), lambda n: _usable(n, device, dtype))
+    rest, why_rest = _choose(rest_name, ("quack", "triton", "torch"), lambda n: _usable(n, device, dtype))
     # By measurement on an H100: fa4 >= cudnn > fa2 = flash.
     order = ("fa4", "cudnn", "fa2", "flash", "torch")
     attend, why_attend = _choose(attention_name, order, lambda n: _attention.usable(n, device, dtype))
     functions = {"attention": _attention.load(attend)}
-    if rest == "triton":
+    backends = dict.fromkeys(ELEMENTWISE, rest)
+    if rest in ("triton", "quack"):
         from lit_gpt.kernels import fused
 
         functions |= {op: getattr(fused, op) for op in ELEMENTWISE}
-    choices = (("attention", attend, why_attend), *((op, rest, why_rest) for op in ELEMENTWISE))
+        backends = dict.fromkeys(ELEMENTWISE, "triton")
+    if rest == "quack":
+        from lit_gpt.kernels import quack_mlp
+
+        functions["swiglu_mlp"] = quack_mlp.swiglu_mlp
+        backends["swiglu_mlp"] = "quack"
+    choices = (("attention", attend, why_attend), *((op, backend, why_rest) for op, backend in backends.items()))
     return Kernels(**functions, compile_blocks=rest == "compile", choices=choices)
 
 
@@ -103,12 +111,26 @@ def _choose(name: str, fastest_first: tuple[str, ...], why_not: Callable[[str], 
 
 
 def _usable(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why these elementwise operations cannot run here; "" if they can."""
     if name == "torch":
         return ""
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if importlib.util.find_spec("triton") is None:
         return "not installed: pip install triton"
-    if torch.cuda.get_device_capability(device) < (7, 0):
-        return "needs compute capability 7.0"
+    capability = torch.cuda.get_device_capability(device)
+    if name != "quack":
+        return "" if capability >= (7, 0) else "needs compute capability 7.0"
+    if capability[0] != 9 or dtype != torch.bfloat16:
+        return "needs a Hopper GPU and bf16"
+    try:
+        from lit_gpt.kernels.quack_mlp import swiglu_mlp
+
+        shapes = ((64, 64), (128, 64), (128, 64), (64, 128))
+        tensors = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
+        swiglu_mlp(*tensors).sum().backward()
+    except ImportError as e:
+        return f'not installed: pip install "quack-kernels==0.5.0" "nvidia-cutlass-dsl[cu13]==4.5.3" ({e})'
+    except Exception as e:  # whatever a foreign package raises, it does not work here
+        return f"fails here: {type(e).__name__}: {e}"[:100]
     return ""

@@ -141,8 +141,8 @@ def usable(name: str, device: torch.device, dtype: torch.dtype) -> str:
             torch.randn(1, 128, heads, 64, device=device, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)
         )
         load(name)(q, k, v).sum().backward()
-    except ImportError:
-        return f"not installed: {INSTALL[name]}"
+    except ImportError as e:
+        return f"not installed: {INSTALL[name]} ({e})"
     except Exception as e:  # whatever a foreign package raises, it does not work here
         return f"fails here: {str(e).strip().splitlines()[0][:80] if str(e).strip() else type(e).__name__}"
     return ""

@@ -63,7 +63,7 @@ class _AddRMSNorm(torch.autograd.Function):
         n_rows = total.numel() // C
         block = triton.next_power_of_2(C)
         # Each program walks over many rows and sums their gradient of the weight in registers.
-        programs = min(n_rows, 4 * _multiprocessors(total.device))
+        programs = min(n_rows, 8 * _multiprocessors(total.device))
         dx = torch.empty_like(total)
         d_weight = torch.empty(programs, C, dtype=torch.float32, device=total.device)
         _add_rms_norm_backward[(programs,)](
