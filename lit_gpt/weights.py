@@ -103,8 +103,9 @@ def load_pickle(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as e:  # a damaged file raises whatever its bytes happen to mean
-        reason = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        raise ValueError(f"{path} is refused: damaged, or a pickle that holds more than tensors ({reason[0]})") from e
+        code = re.search(r"GLOBAL (\S+)", str(e))
+        what = f"a pickle that wants to run {code[1]}" if code else "damaged, or not a file that torch.save wrote"
+        raise ValueError(f"{path} is refused: {what}") from e
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a file of weights: it holds a {type(data).__name__}")
     return data
