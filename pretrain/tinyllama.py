@@ -8,6 +8,7 @@ Everything that decides the result is a field of TrainArgs. A run lives in out/<
 and checkpoints step-00005000/. `--help` lists all flags, `--print_config` shows what a command line amounts to.
 """
 
+import itertools
 import json
 import math
 import os
@@ -50,10 +51,18 @@ class TrainArgs:
     """Prefix of shards -> its share of the training sequences."""
     val_prefixes: list[str] = field(default_factory=lambda: ["validation"])
     """Prefixes of the validation shards."""
+    exhaustion: Literal["repeat", "stop", "renormalise"] = "repeat"
+    """When a source has been read source_epochs times: repeat it for ever, stop the run, or go on with the others."""
+    source_epochs: float | dict[str, float] | None = None
+    """How often to read each source at most, for stop and renormalise; default once."""
     document_mask: bool = False
     """Attend within documents only and learn no transition between them; default: plain concatenation, the recipe."""
     tokenizer_path: Path | None = None
     """Folder or file of the shards' tokenizer, to be copied into the run for conversion and generation."""
+    verify_data: bool = False
+    """Before the run, read all shards: checksums against the manifest and every id against the vocabulary."""
+    cache_dir: Path | None = None
+    """Local disk for shards that are read from s3:// or gs://."""
     num_workers: int = 1
     """Processes per device that read data ahead; 0 reads in the training process."""
 
@@ -180,17 +189,28 @@ def main(args: TrainArgs) -> None:
     resume_from = find_checkpoint(args, run_dir)
 
     # Data first: what is wrong with it shows before minutes go into the model.
-    what = dict(block_size=config.block_size, vocab_size=config.vocab_size, document_mask=args.document_mask)
-    dataset = PackedDataset(args.train_data_dir, args.train_mix, seed=args.seed, **what)
+    what = dict(
+        block_size=config.block_size,
+        vocab_size=config.vocab_size,
+        document_mask=args.document_mask,
+        cache_dir=args.cache_dir,
+    )
+    order = dict(seed=args.seed, exhaustion=args.exhaustion, max_epochs=args.source_epochs)
+    dataset = PackedDataset(args.train_data_dir, args.train_mix, **order, **what)
     loader = PackedLoader(dataset, args.micro_batch_size, fabric.global_rank, fabric.world_size, args.num_workers)
     val_set = None
     if args.val_data_dir is not None:
         val_set = ValidationSet(args.val_data_dir, args.val_prefixes, max_sequences=args.eval_sequences, **what)
+        for fact in ("tokenizer", "delimiters"):
+            if getattr(val_set, fact) != getattr(dataset, fact):
+                raise ValueError(f"{args.val_data_dir} was made with another {fact} than {args.train_data_dir}")
     max_steps = args.steps(sum(stream.tokens for stream in dataset.streams.values()))
     args.check(config.block_size, fabric.world_size, max_steps)
     tokenizer = args.tokenizer_path and Tokenizer(args.tokenizer_path)
     if tokenizer and dataset.tokenizer and tokenizer.sha256 != dataset.tokenizer["sha256"]:
         raise ValueError(f"--tokenizer_path {tokenizer.path} is not the tokenizer that made {args.train_data_dir}")
+    if args.verify_data and fabric.is_global_zero:
+        dataset.verify()
     fabric.print(dataset.table())
 
     # The model, real from the start and the same at any world size; then sharded, if there is more than one device.
@@ -262,6 +282,8 @@ def train(
     config, world_size = model.module.config, fabric.world_size
     accumulation = args.accumulation(config.block_size, world_size)
     last_step = min(max_steps, args.stop_at_step or max_steps)
+    if (end := loader.dataset.end) is not None:  # in sequences; the last batch may be smaller
+        last_step = min(last_step, math.ceil(end / (args.global_batch_tokens // config.block_size)))
     peak = peak_flops(fabric.device, "bf16" if args.precision == "bf16" else "tf32")
     metrics = Metrics(run_dir, step, args.logger, as_json(args)) if fabric.is_global_zero else None
     interrupt = Interrupt()
@@ -273,7 +295,7 @@ def train(
         # Fetch the whole step, so that its valid targets are known before the first backward.
         t_fetch = time.perf_counter()
         first_sequence = loader.sequences
-        micro_batches = [next(batches) for _ in range(accumulation)]
+        micro_batches = list(itertools.islice(batches, accumulation))  # fewer where the data end
         data_wait_s += time.perf_counter() - t_fetch
         n_valid = sum((targets_of(batch) != IGNORE_INDEX).sum() for batch in micro_batches).to(fabric.device)
         n_valid = fabric.all_reduce(n_valid, reduce_op="sum")
@@ -282,7 +304,7 @@ def train(
         # FSDP averages gradients over ranks, hence x world_size.
         loss_sum = torch.zeros((), device=fabric.device)
         for i, batch in enumerate(micro_batches):
-            with fabric.no_backward_sync(model, enabled=i < accumulation - 1):
+            with fabric.no_backward_sync(model, enabled=i < len(micro_batches) - 1):
                 loss = forward(model, fabric.to_device(batch))
                 fabric.backward(loss * (world_size / n_valid))
             loss_sum += loss.detach()
@@ -306,7 +328,10 @@ def train(
         loss_sum, asked = fabric.all_reduce(torch.stack((loss_sum, asked)), reduce_op="sum").tolist()
         loss, grad_norm, interrupted = loss_sum / n_valid.item(), grad_norm.item(), asked > 0
         if not math.isfinite(grad_norm):
-            where = f"step {step + 1} (global sequences {first_sequence:,} to {loader.sequences:,})"
+            where = (
+                f"step {step + 1} (global sequences {first_sequence:,} to {loader.sequences:,}, "
+                f"from {loader.dataset.describe(first_sequence)})"
+            )
             if args.nonfinite == "stop":
                 raise ValueError(
                     f"{where}: loss {loss}, gradient norm {grad_norm}. Nothing was updated or saved; resume from the "
@@ -364,9 +389,10 @@ def train(
                 "delimiters": loader.dataset.delimiters,
                 "args": as_json(args),
             }
+            t_save = time.perf_counter()
             saved = checkpoint.save(run_dir, step, model.module, optimizer, meta)
             checkpoint.prune(run_dir, args.keep_checkpoints, args.permanent_interval)
-            fabric.print(f"step {step}: saved {saved}")
+            fabric.print(f"step {step}: saved {saved} in {time.perf_counter() - t_save:.1f} s")
         t0 += time.perf_counter() - t_pause  # validation and checkpoints are not training speed
         if interrupted:
             fabric.print(f"interrupted: go on with --resume true from step {step}")
@@ -403,6 +429,7 @@ def targets_of(batch: torch.Tensor | DocumentBatch) -> torch.Tensor:
 
 def launch(args: TrainArgs) -> Fabric:
     """A running Fabric: one device as it is; several through FSDP2, over all ranks of all nodes."""
+    torch.set_float32_matmul_precision("high")
     on_gpu = args.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
     if args.precision == "auto":
         args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
@@ -429,7 +456,6 @@ def launch(args: TrainArgs) -> Fabric:
         fabric.launch()
     if not fabric.is_global_zero:
         warnings.simplefilter("ignore")  # rank 0 says it for all
-    torch.set_float32_matmul_precision("high")
     return fabric
 
 

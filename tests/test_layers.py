@@ -12,7 +12,7 @@ ORDER = [
     # floor 0
     *("config", "kernels", "tokenizer", "text_sources", "shards", "mix", "packed_dataset", "optim", "cli", "metrics"),
     # floor 1
-    *("model", "prepare", "weights", "hf", "speed_monitor", "chat_data"),
+    *("model", "prepare", "weights", "hf_tokenizer", "hf", "speed_monitor", "chat_data"),
     # floor 2
     *("checkpoint", "pretrained", "generate", "speculative", "lora"),
     "lightning_cli",

@@ -192,6 +192,26 @@ class TestInOneProcess:
         with pytest.raises(ValueError, match="train_slim_0000000000.bin"):
             train(flags, train_data_dir=broken, train_mix={"train_slim": 1.0})
 
+    def test_a_run_over_limited_data_ends_with_them(self, flags, capsys):
+        run_dir = train(flags, exhaustion="stop", max_steps=1000, save_interval=1000, eval_interval=1000)
+        last = max(losses(run_dir))
+        loader = checkpoint.check(run_dir / f"step-{last:08d}")["loader"]
+        # 281 sequences of train_slim are 0.693584 of the mix: the run ends with the first source that ends.
+        assert last == pytest.approx(281 / 0.693584 / 16, abs=1) and loader["sequences"] <= 281 / 0.693584 + 1
+
+    def test_validation_data_of_another_tokenizer_are_refused(self, flags, tmp_path):
+        for name, sha256 in (("train_x", "aa"), ("validation", "bb")):
+            tokens = np.arange(200, dtype=np.uint16) % 100
+            write_shard(tmp_path / f"{name}_0000000000.bin", tokens)
+            shard = {"file": f"{name}_0000000000.bin", "tokens": 200, "documents": 1}
+            tokenizer = {"name": "t", "sha256": sha256, "vocab_size": 100, "bos_id": 1, "eos_id": 2}
+            manifest = dict(format="lit-packed", version=1, prefix=name, complete=True, tokenizer=tokenizer)
+            manifest |= dict(delimiters="eos", dtype="uint16", chunk_size=200, tokens=200, documents=1, text_bytes=500)
+            manifest |= dict(shards=[shard], sources=[], dropped={}, skipped=[], versions={})
+            (tmp_path / f"{name}.manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match="another tokenizer than"):
+            train(flags, train_data_dir=tmp_path, val_data_dir=tmp_path, train_mix={"train_x": 1.0})
+
     def test_horizons(self):
         steps = lambda **horizon: tinyllama.TrainArgs(global_batch_tokens=1000, **horizon).steps(50_000)  # noqa: E731
         assert steps(max_tokens=7000) == steps(max_steps=7) == 7
@@ -208,13 +228,15 @@ class TestInOneProcess:
 
         monkeypatch.setattr(GPT, "forward", poisoned)
         flags = dict(flags, micro_batch_size=4, save_interval=1, val_data_dir=None)  # 4 micro-batches: it is in step 2
-        with pytest.raises(ValueError, match=r"step 2 \(global sequences 16 to 32\): loss nan"):
+        with pytest.raises(
+            ValueError, match=r"step 2 \(global sequences 16 to 32, from sequence 16 \(train_.*bin.*: loss nan"
+        ):
             train(flags)
         assert [d.name for d in checkpoint.steps(flags["out_dir"] / "run")] == ["step-00000001"]
 
         calls.clear()
         run_dir = train(flags, name="skip", nonfinite="skip")
-        assert "step 2 (global sequences 16 to 32)" in capsys.readouterr().out
+        assert "step 2 (global sequences 16 to 32," in capsys.readouterr().out
         a, b = (checkpoint.load_weights(run_dir / f"step-0000000{i}") for i in (6, 8))
         assert all(torch.isfinite(p).all() for p in b.values()) and not torch.equal(
             *(w["lm_head.weight"] for w in (a, b))
