@@ -85,6 +85,7 @@ def plot_loss(runs: dict[str, Path], out: Path, levels: dict[str, float] | None 
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     fig, ax = plt.subplots(figsize=(8, 4.5), dpi=150)
     for i, (label, path) in enumerate(runs.items()):
@@ -97,8 +98,9 @@ def plot_loss(runs: dict[str, Path], out: Path, levels: dict[str, float] | None 
             ax.plot(*zip(*val, strict=True), color=f"C{i}", marker="o", ms=3, lw=1.8, label=f"{label}: validation")
     for label, level in (levels or {}).items():
         ax.axhline(level, color="gray", ls="--", lw=1)
-        ax.annotate(f"{label} {level:.2f}", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        ax.annotate(f"{label} {level:.2f}", (0.5, level), xycoords=("axes fraction", "data"), ha="center", va="bottom")
     ax.set(xlabel="tokens", ylabel="loss (nats per token)")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.grid(alpha=0.3)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper right")

@@ -90,7 +90,7 @@ def main(args: DemoArgs) -> None:
     title("a Hugging Face model")
     hf_dir = run_dir / "hf"
     python("scripts/convert_lit_checkpoint.py", checkpoint_dir=run_dir, out_dir=hf_dir)
-    for prompt in ("def ", "Return the "):
+    for prompt in ("def __init__(self, ", "Return the "):
         print(f"--- {prompt!r}\n{sample(hf_dir, prompt)}\n")
 
     unigram = unigram_entropy(sorted(shards.glob("validation_*.bin")))
