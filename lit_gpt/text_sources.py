@@ -269,6 +269,7 @@ class JsonLines:
         self.compressed = path.suffix.lower() in COMPRESSIONS
         self._lines: _LineStream | None = None
         self._next = 0
+        self._units = math.inf  # until the last one has been seen
 
     def units(self) -> int:
         size = self.path.stat().st_size * (COMPRESSION_RATIO if self.compressed else 1)
@@ -276,6 +277,8 @@ class JsonLines:
 
     def read(self, index: int, fields: Fields) -> Unit:
         unit = Unit()
+        if index >= self._units:
+            return unit
         try:
             if self._lines is None or index < self._next or (index > self._next and not self.compressed):
                 self._lines = _LineStream(self.path, 0 if self.compressed else index * UNIT)
@@ -287,7 +290,7 @@ class JsonLines:
         _parse(lines.take((index + 1) * UNIT), unit, fields)
         unit.last = lines.is_exhausted()
         if unit.last:
-            self._lines = None
+            self._lines, self._units = None, index + 1
             if lines.error:
                 unit.bad.append((None, lines.error))
         unit.progress = lines.bytes.consumed / max(lines.bytes.size, 1)

@@ -73,18 +73,19 @@ def write_corpus(source_path: Path, corpus: Path, size: int, files: int) -> int:
     """Repeat the documents to `size` bytes of text. Returns the bytes that it became."""
     import zstandard
 
-    raw = b"".join(zstandard.ZstdDecompressor().stream_reader(p.read_bytes()).read() for p in sources(source_path))
     texts = [text for path in sources(source_path) for text in open_source(path).read(0, Fields()).texts]
     text_bytes = sum(len(text.encode()) for text in texts)
-    lines = raw.splitlines(keepends=True)
     repeats = -(-size // text_bytes)
+    lines = []
+    for path in sources(source_path):
+        lines += zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read().splitlines(keepends=True)
+    lines *= repeats  # one copy after the other: copies side by side would flatter an encoder that remembers words
     for n in range(files):
         path = corpus / "train" / "chunk1" / f"part_{n:04d}.jsonl.zst"
         path.parent.mkdir(parents=True, exist_ok=True)
         part = b"".join(lines[n * len(lines) // files : (n + 1) * len(lines) // files])
         with open(path, "wb") as file, zstandard.ZstdCompressor().stream_writer(file) as writer:
-            for _ in range(repeats):
-                writer.write(part)
+            writer.write(part)
     return text_bytes * repeats
 
 
