@@ -95,7 +95,9 @@ def step(
 
 
 def build_ours(kernels: str, config: Config, device: torch.device, precision: str, recompute: bool):
-    selected = select_kernels(kernels, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    heads = (config.n_head, config.n_query_groups, config.head_size)
+    selected = select_kernels(kernels, device=device, dtype=dtype, heads=heads)
     print(selected.table(), flush=True)
     with device:
         model = GPT(config, selected)

@@ -47,7 +47,9 @@ class Kernels:
 ELEMENTWISE = ("rms_norm", "add_rms_norm", "split_rope", "swiglu_mlp", "linear_cross_entropy")
 
 
-def select_kernels(name: str = "auto", *, device: torch.device, dtype: torch.dtype) -> Kernels:
+def select_kernels(
+    name: str = "auto", *, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int] = (4, 2, 64)
+) -> Kernels:
     """The backends named, or for `auto` the fastest that work on this device and dtype.
 
     Args:
@@ -55,6 +57,8 @@ def select_kernels(name: str = "auto", *, device: torch.device, dtype: torch.dty
             quack: triton, and SwiGLU inside quack-kernels' GEMMs; torch; compile: torch's, fused by block.compile()),
             or both joined by a plus, as "triton+cudnn". What is not named is chosen as by "auto", except that "torch"
             alone means the references throughout.
+        heads: query heads, key/value heads and head size, for which attention must work. Packages that compile their
+            kernels do so here: give the model's own, or they will again at the first step.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run on this device and dtype.
@@ -76,7 +80,7 @@ def select_kernels(name: str = "auto", *, device: torch.device, dtype: torch.dty
     rest, why_rest = _choose(rest_name, ("quack", "triton", "torch"), lambda n: _usable(n, device, dtype))
     # By measurement on an H100: fa4 >= cudnn > fa2 = flash.
     order = ("fa4", "cudnn", "fa2", "flash", "torch")
-    attend, why_attend = _choose(attention_name, order, lambda n: _attention.usable(n, device, dtype))
+    attend, why_attend = _choose(attention_name, order, lambda n: _attention.usable(n, device, dtype, heads))
     functions = {"attention": _attention.load(attend)}
     backends = dict.fromkeys(ELEMENTWISE, rest)
     if rest in ("triton", "quack"):

@@ -4,6 +4,7 @@ B batch, T query positions, S key positions, H query heads, G key/value heads (H
 """
 
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -88,6 +89,8 @@ def load(name: str) -> Callable:
         names = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
         return sdpa(names[name])
     if name == "fa4":
+        # Kernels are compiled at their first use; kept on the disk, only at the first on this machine.
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
         from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
         def causal(q, k, v):
@@ -129,17 +132,16 @@ def _first(result: torch.Tensor | tuple) -> torch.Tensor:
 NAMES = ("fa4", "fa2", "cudnn", "flash", "xformers", "math", "torch")
 
 
-def usable(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why this attention cannot run forward and backward here; "" if it can. Tried on a small problem, since what a
-    version of a package supports is best known by itself."""
-    if name == "torch" or (name == "math"):
+def usable(name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int] = (4, 2, 64)) -> str:
+    """Why this attention cannot run forward and backward here; "" if it can. Tried on a small problem with these heads
+    (H, G, D), since what a version of a package supports is best known by itself."""
+    if name in ("torch", "math"):
         return ""
     if device.type != "cuda":
         return "needs a CUDA GPU"
     try:
-        q, k, v = (
-            torch.randn(1, 128, heads, 64, device=device, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)
-        )
+        H, G, D = heads
+        q, k, v = (torch.randn(1, 256, n, D, device=device, dtype=dtype, requires_grad=True) for n in (H, G, G))
         load(name)(q, k, v).sum().backward()
     except ImportError as e:
         return f"not installed: {INSTALL[name]} ({e})"

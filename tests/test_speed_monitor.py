@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from lit_gpt import MODELS, Config
+from lit_gpt.model import GPT
+from lit_gpt.speed_monitor import flops_per_token, largest_micro_batch, memory_plan, peak_flops
+
+
+def test_24k_tokens_a_second_on_an_a100_are_56_percent():
+    """TinyLlama's own claim pins the convention."""
+    mfu = 24_000 * flops_per_token(Config.from_name("tiny_LLaMA_1b")) / 312e12
+    assert mfu == pytest.approx(0.56, abs=0.005)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_count_every_parameter_but_the_input_embedding(name):
+    config = Config.from_name(name)
+    with torch.device("meta"):
+        model = GPT(config)
+    n = sum(p.numel() for p in model.parameters()) - model.transformer.wte.weight.numel()
+    attention = 12 * config.n_layer * config.n_embd * config.block_size
+    assert flops_per_token(config) == pytest.approx(6 * n + attention, rel=1e-3)  # biases of Pythia
+
+
+def test_no_peak_for_a_cpu():
+    assert peak_flops(torch.device("cpu"), "bf16") is None
+
+
+def test_plan_counts_18_bytes_a_parameter():
+    config = Config.from_name("tiny_LLaMA_1b")
+    plan = memory_plan(config, n_tokens=1)
+    fixed = sum(plan[k] for k in plan if k not in ("activations", "temporary"))
+    assert fixed == pytest.approx(18 * 1_100_048_384, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_plan_agrees_with_the_measured_peak(recompute):
+    from lit_gpt.kernels import select_kernels
+    from lit_gpt.optim import clip_and_step, param_groups
+
+    config = Config.from_name("tiny_LLaMA_120M")
+    device = torch.device("cuda")
+    with device:
+        model = GPT(config, select_kernels("auto", device=device, dtype=torch.bfloat16))
+    model.init_weights(1)
+    model.compute_in(torch.bfloat16)
+    model.recompute = recompute
+    optimizer = torch.optim.AdamW(param_groups(model, 0.1), fused=True)
+    tokens = torch.randint(config.vocab_size, (8, config.block_size + 1), device=device)
+    for _ in range(3):  # optimizer state from the first; gradients that are added to from the second micro-batch
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        clip_and_step(optimizer, 1.0)
+        optimizer.zero_grad()
+    planned = sum(memory_plan(config, tokens.size(0) * config.block_size, recompute).values())
+    assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+
+
+def test_largest_micro_batch_fits_and_the_next_does_not():
+    config = Config.from_name("tiny_LLaMA_1b")
+    n = largest_micro_batch(config, 42e9)
+    assert n >= 16384  # TinyLlama's 8 sequences on its A100-40G
+    for tokens, fits in ((n, True), (n + config.block_size, False)):
+        assert (sum(memory_plan(config, tokens).values()) <= 0.95 * 42e9) == fits
+    assert largest_micro_batch(config, 24e9, recompute=True) >= 4096
+    assert largest_micro_batch(config, 10e9) == 0
