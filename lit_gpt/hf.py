@@ -17,6 +17,7 @@ from lit_gpt.config import Config
 from lit_gpt.weights import LazyWeights, open_weights, read_json, write_json, write_safetensors
 
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")  # not weights; old files hold them
+HEADS = {"lm_head.weight", "embed_out.weight"}
 
 
 def name_table(config: Config) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -123,6 +124,9 @@ def from_hf(config: Config, weights: Mapping[str, torch.Tensor]) -> LazyWeights:
 
     ours = LazyWeights({name: lambda theirs=theirs: read(theirs) for name, theirs in table.items()})
     check_weights(config, ours)
+    for head in HEADS & set(weights) if config.tie_embeddings else ():
+        if not same_bits(weights[head], ours["transformer.wte.weight"]):
+            raise ValueError(f"tie_word_embeddings is true, and {head} differs from the embedding")
     return ours
 
 
@@ -144,7 +148,7 @@ def check_weights(config: Config, weights: Mapping[str, torch.Tensor]) -> None:
 def _compare_names(expected: set[str], weights: Mapping[str, torch.Tensor], config: Config) -> None:
     found = {name for name in weights if not name.endswith(BUFFERS)}
     if config.tie_embeddings:
-        found -= {"lm_head.weight", "embed_out.weight"}  # some writers store the tied head a second time
+        found -= HEADS  # some writers store the tied head a second time
     problems = [
         f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{' ..' if len(names) > 3 else ''})"
         for what, names in (("tensors are missing", expected - found), ("do not belong to it", found - expected))
@@ -315,7 +319,8 @@ def export(
     widest = max(dtypes.values(), key=lambda d: d.itemsize)
     hf_config |= {**(special_ids or {}), "torch_dtype": str(widest).removeprefix("torch.")}
     write_json(folder / "config.json", hf_config)
-    tensors = ((name, check_finite(name, tensor)) for name, tensor in to_hf(config, weights))
+    # After the cast: what fits float32 may be infinite in float16.
+    tensors = ((name, check_finite(name, tensor.to(layout[name][1]))) for name, tensor in to_hf(config, weights))
     write_safetensors(folder, layout, tqdm(tensors, "writing", len(layout), unit=" tensors"), max_shard_bytes)
     verify(config, weights, folder, dtypes)
 
@@ -354,7 +359,9 @@ def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a ValueError that names it where it holds NaN or infinity."""
     smallest, largest = tensor.aminmax()  # NaN if there is one; unlike isfinite(tensor), without copies of the tensor
     if not (smallest.isfinite() and largest.isfinite()):
-        raise ValueError(f"{name} holds {int((~tensor.isfinite()).sum())} values that are NaN or infinite")
+        raise ValueError(
+            f"{name} holds {int((~tensor.isfinite()).sum())} values that are NaN or infinite in {tensor.dtype}"
+        )
     return tensor
 
 

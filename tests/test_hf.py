@@ -16,6 +16,7 @@ from lit_gpt.hf import (
     config_from_hf,
     config_to_hf,
     export,
+    from_hf,
     join_qkv,
     name_table,
     read_hf,
@@ -94,6 +95,16 @@ def test_padded_vocabulary_and_tied_head_survive(tmp_path):
     export(config, random_weights(config), tmp_path)
     assert read_hf(tmp_path)[0] == config
     assert "lm_head.weight" not in open_weights(tmp_path)
+
+
+def test_a_head_that_is_called_tied_and_is_not(tmp_path):
+    config = Config(name="x", **TINY, tie_embeddings=True)
+    theirs = dict(to_hf(config, random_weights(config)))
+    theirs["lm_head.weight"] = theirs["model.embed_tokens.weight"].clone()
+    from_hf(config, theirs)
+    theirs["lm_head.weight"][0, 0] += 1
+    with pytest.raises(ValueError, match="tie_word_embeddings is true, and lm_head.weight differs"):
+        from_hf(config, theirs)
 
 
 @pytest.mark.shared
@@ -405,6 +416,14 @@ def test_nan_in_our_checkpoint_is_not_exported(tmp_path):
     line = run_script("convert_lit_checkpoint.py", "--checkpoint_dir", tmp_path / "lit", "--out_dir", tmp_path / "hf")
     assert "model.layers.1.self_attn.q_proj.weight holds 1 values that are NaN" in line
     assert os.listdir(tmp_path) == ["lit"]
+
+
+def test_values_that_float16_cannot_hold_are_not_exported_as_infinity(tmp_path):
+    config = Config(name="x", **TINY)
+    ours = random_weights(config)
+    ours["lm_head.weight"][0, 0] = 70_000
+    with pytest.raises(ValueError, match="lm_head.weight holds 1 values that are NaN or infinite in torch.float16"):
+        export(config, ours, tmp_path, dtype=torch.float16)
 
 
 def test_a_folder_that_exists_is_not_overwritten_unless_asked(tmp_path):
