@@ -529,7 +529,7 @@ class Output:
             raise ValueError(f"{self._manifest_path}: the source {changed[0]} {what} since it was begun; {ANEW}")
         for number, (a, b) in enumerate(zip(was.sources, now.sources, strict=True)):
             mended = a["path"] == was.extra.get("stopped_at") and self.next <= (number, 0, 0)
-            if not mended and any(a[key] != b[key] for key in ("path", "bytes", "mtime_ns")):
+            if not mended and any(a.get(key) != b[key] for key in ("path", "bytes", "mtime_ns")):
                 raise ValueError(
                     f"{self._manifest_path}: the source {a['path']} has changed since it was begun; {ANEW}"
                 )

@@ -374,7 +374,7 @@ class _Table:
 
         try:
             self._file = self._file or self._open()
-        except (OSError, pyarrow.ArrowException):
+        except (OSError, ValueError, pyarrow.ArrowException):
             return 1  # read() says what is wrong
         return max(1, math.ceil(self._file.num_rows / self._rows_per_unit()))
 
@@ -388,9 +388,11 @@ class _Table:
             if self._rows is None or index != self._next:
                 self._rows = self._read_from(index * size, fields)
             for row in range(min(size, rows - index * size)):
-                unit.add(row, next(self._rows), fields)
+                if (values := next(self._rows, None)) is None:
+                    raise UnreadableFile("there are fewer rows than the file says")
+                unit.add(row, values, fields)
                 unit.rows += 1
-        except (OSError, pyarrow.ArrowException, UnreadableFile) as error:
+        except (OSError, ValueError, pyarrow.ArrowException, UnreadableFile) as error:
             self._file = self._rows = None
             unit.bad.append((None, getattr(error, "strerror", None) or str(error).splitlines()[0]))
             return unit

@@ -16,7 +16,7 @@ import zstandard
 
 from lit_gpt.prepare import PrepareArgs, prepare
 from lit_gpt.shards import HEADER_SIZE, read_header
-from lit_gpt.text_sources import ANY_TEXT, Fields, Filter
+from lit_gpt.text_sources import ANY_TEXT, Fields, Filter, open_source
 from lit_gpt.tokenizer import Tokenizer
 
 FILES = 1000
@@ -171,6 +171,32 @@ def test_a_thousand_broken_files(tmp_path, small_tokenizer):
 @pytest.mark.shared
 def test_another_thousand_with_the_llama2_tokenizer(tmp_path, shared_data):
     fuzz(shared_data / "tokenizer" / "llama2", tmp_path, seed=2)
+
+
+def test_broken_parquet_files_are_read_or_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    r = random.Random(3)
+    texts = ["".join(r.choices(PIECES, k=40)) for _ in range(200)]
+    table = pyarrow.table({"stars": [None] * 200, "text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "whole.parquet", row_group_size=60)
+    whole, outcomes = (tmp_path / "whole.parquet").read_bytes(), {True: 0, False: 0}
+    for n in range(150):
+        content = bytearray(whole)
+        if n % 3 == 0:
+            content = content[: r.randrange(len(content))]
+        else:  # somewhere in it, or in the footer
+            for _ in range(r.randrange(1, 6)):
+                content[r.randrange(len(content)) if n % 3 == 1 else -r.randrange(1, 900)] = r.randrange(256)
+        (tmp_path / "x.parquet").write_bytes(content)
+        source = open_source(tmp_path / "x.parquet")
+        assert source.units() > 0
+        unit = source.read(0, Fields())
+        outcomes[bool(unit.bad)] += 1
+        assert unit.bad or len(unit.texts) == 200
+        assert all(why for _, why in unit.bad)
+    assert min(outcomes.values()) > 10
 
 
 @pytest.fixture
