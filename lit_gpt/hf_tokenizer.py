@@ -167,8 +167,8 @@ def from_sentencepiece(path: Path) -> "tokenizers.Tokenizer":
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
     # sentencepiece joins the two neighbours whose union scores best, the leftmost of equals. As merges: every way to
-    # cut a piece in two, best piece first. The longer left part first where one piece has several cuts: in a run of one
-    # letter sentencepiece works from the left, so what is left over, and short, is on the right.
+    # cut a piece in two, best piece first. Among the cuts of one piece tokenizers wants an order that sentencepiece
+    # does not have; no text is known where it matters, and what is exported is compared.
     cuts = [(piece[:i], piece[i:]) for piece in normal for i in range(1, len(piece))]
     merges = [(left, right) for left, right in cuts if left in normal and right in normal]
     merges.sort(key=lambda m: (-normal[m[0] + m[1]], -len(m[0])))
