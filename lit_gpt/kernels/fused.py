@@ -176,30 +176,29 @@ def _launch_split_rope(qkv, q, k, v, cos, sin, backward: bool) -> None:
         HALF=cos.size(-1),
         BACKWARD=backward,
         BLOCK_T=block_t,
-        BLOCK_HALF=triton.next_power_of_2(cos.size(-1)),
         BLOCK_D=triton.next_power_of_2(D),
     )
 
 
 @triton.jit
 def _split_rope(
-    qkv, q, k, v, cos, sin, N, table_rows, G, D: tl.constexpr,
-    QUERIES: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+    qkv, q, k, v, cos, sin, N, table_rows, G, D,
+    QUERIES: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens of one group: its queries and its key are rotated, its value is moved. The backward goes the
     other way, and rotates by the negative angle."""
     n = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     group = tl.program_id(1)
-    h = tl.arange(0, BLOCK_HALF)[None, :]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    valid = (n < N)[:, None]
-    rotates = valid & (h < HALF)
-    table = (n % table_rows)[:, None] * HALF + h
-    c = tl.load(cos + table, rotates, other=0.0)
+    d = tl.arange(0, BLOCK_D)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    rotates = inside & (d < 2 * HALF)[None, :]
+    table = (n % table_rows)[:, None] * HALF + (d % HALF)[None, :]
+    c = tl.load(cos + table, rotates, other=1.0)
     s = tl.load(sin + table, rotates, other=0.0)
+    s = tl.where((d < HALF)[None, :], -s, s)
     if BACKWARD:
         s = -s
+    partner = tl.where(d < HALF, d + HALF, d - HALF)[None, :]  # for the elements that rotate
 
     slots = QUERIES + 2
     row = n.to(tl.int64)[:, None]
@@ -211,16 +210,11 @@ def _split_rope(
             split = k + (row * G + group) * D
         source = split if BACKWARD else fused + j * D
         target = fused + j * D if BACKWARD else split
-        x = tl.load(source + h, rotates, other=0.0).to(tl.float32)
-        y = tl.load(source + h + HALF, rotates, other=0.0).to(tl.float32)
-        if D > 2 * HALF:
-            rest = valid & (d >= 2 * HALF) & (d < D)
-            tl.store(target + d, tl.load(source + d, rest, other=0.0), rest)
-        tl.store(target + h, (x * c - y * s).to(qkv.dtype.element_ty), rotates)
-        tl.store(target + h + HALF, (y * c + x * s).to(qkv.dtype.element_ty), rotates)
-    split = v + (row * G + group) * D + d
-    fused += (QUERIES + 1) * D + d
-    inside = valid & (d < D)
+        x = tl.load(source + d[None, :], inside, other=0.0).to(tl.float32)
+        y = tl.load(source + partner, rotates, other=0.0).to(tl.float32)
+        tl.store(target + d[None, :], (x * c + y * s).to(qkv.dtype.element_ty), inside)
+    split = v + (row * G + group) * D + d[None, :]
+    fused += (QUERIES + 1) * D + d[None, :]
     if BACKWARD:
         tl.store(fused, tl.load(split, inside, other=0.0), inside)
     else:
@@ -377,7 +371,7 @@ def _chunks(hidden, weight, loss, targets):
 
 def _softmax_grad(logits, targets, loss, z_loss: float, with_grad: bool) -> None:
     n, V = logits.shape
-    block = min(32768, triton.next_power_of_2(V))
+    block = min(8192, triton.next_power_of_2(V))
     _cross_entropy[(n,)](
         logits, targets, loss, V, z_loss, IGNORE=IGNORE_INDEX, GRAD=with_grad, BLOCK=block, num_warps=_warps(block)
     )
@@ -387,8 +381,7 @@ def _softmax_grad(logits, targets, loss, z_loss: float, with_grad: bool) -> None
 def _cross_entropy(
     logits, targets, loss, V: tl.constexpr, z_loss, IGNORE: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The loss of a row, and over its logits their gradient. A row longer than BLOCK is read twice, the second time
-    from the L2 cache."""
+    """The loss of a row, and over its logits their gradient. The second pass reads what the L2 cache still holds."""
     n = tl.program_id(0).to(tl.int64)
     row = logits + n * V
     c = tl.arange(0, BLOCK)
@@ -412,8 +405,7 @@ def _cross_entropy(
     if GRAD:
         factor = 1 + 2 * z_loss * lse
         for begin in range(0, V, BLOCK):
-            if V > BLOCK:
-                x = tl.load(row + begin + c, begin + c < V, other=float("-inf")).to(tl.float32)
+            x = tl.load(row + begin + c, begin + c < V, other=float("-inf")).to(tl.float32)
             grad = tl.exp(x - lse) * factor - tl.where(begin + c == target, 1.0, 0.0)
             tl.store(row + begin + c, grad.to(logits.dtype.element_ty), begin + c < V)
 
