@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packed_data import write_source
 
 from lit_gpt import checkpoint
 from lit_gpt.metrics import read_metrics
 from lit_gpt.model import GPT
+from lit_gpt.packed_dataset import PackedDataset
 from lit_gpt.shards import write_shard
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +72,10 @@ def train(flags: dict, **more) -> Path:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     return args.out_dir / args.name
+
+
+def tokenizer(sha256: str) -> dict:
+    return {"name": "test", "sha256": sha256, "vocab_size": 128, "bos_id": 1, "eos_id": 2}
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -200,17 +206,29 @@ class TestInOneProcess:
         assert last == pytest.approx(281 / 0.693584 / 16, abs=1) and loader["sequences"] <= 281 / 0.693584 + 1
 
     def test_validation_data_of_another_tokenizer_are_refused(self, flags, tmp_path):
-        for name, sha256 in (("train_x", "aa"), ("validation", "bb")):
-            tokens = np.arange(200, dtype=np.uint16) % 100
-            write_shard(tmp_path / f"{name}_0000000000.bin", tokens)
-            shard = {"file": f"{name}_0000000000.bin", "tokens": 200, "documents": 1}
-            tokenizer = {"name": "t", "sha256": sha256, "vocab_size": 100, "bos_id": 1, "eos_id": 2}
-            manifest = dict(format="lit-packed", version=1, prefix=name, complete=True, tokenizer=tokenizer)
-            manifest |= dict(delimiters="eos", dtype="uint16", chunk_size=200, tokens=200, documents=1, text_bytes=500)
-            manifest |= dict(shards=[shard], sources=[], dropped={}, skipped=[], versions={})
-            (tmp_path / f"{name}.manifest.json").write_text(json.dumps(manifest))
+        for prefix, sha256 in (("train_x", "aa"), ("validation", "bb")):
+            write_source(tmp_path, prefix, np.arange(200) % 100, [200], tokenizer=tokenizer(sha256))
         with pytest.raises(ValueError, match="another tokenizer than"):
             train(flags, train_data_dir=tmp_path, val_data_dir=tmp_path, train_mix={"train_x": 1.0})
+
+    def test_documents_apart_are_what_they_are_alone(self, flags, tmp_path):
+        rng = np.random.default_rng(1)
+        documents = [np.array([1, *rng.integers(3, 128, n), 2]) for n in rng.integers(3, 60, 40)]
+        write_source(tmp_path, "train_x", np.concatenate(documents), [1000], tokenizer=tokenizer("aa"))
+        run = dict(train_data_dir=tmp_path, val_data_dir=None, train_mix={"train_x": 1.0}, max_steps=1, warmup_steps=1)
+        run_dir = train(flags, **run, document_mask=True, init_from=train(flags, max_steps=3, name="first"))
+
+        model = GPT(checkpoint.config(flags["out_dir"] / "first" / "step-00000003"))
+        model.load_state_dict(checkpoint.load_weights(flags["out_dir"] / "first" / "step-00000003"))
+        what = dict(seed=3407, vocab_size=128)
+        rows = PackedDataset(tmp_path, {"train_x": 1.0}, 32, **what).tokens(range(16))
+        total, count = 0.0, 0
+        for row in rows:
+            for piece in torch.tensor_split(row, (row[:-1] == 2).nonzero().flatten() + 1):  # ends after each </s>
+                if len(piece) > 1:
+                    total += model(piece[None, :-1], piece[None, 1:]).item()
+                    count += len(piece) - 1
+        assert losses(run_dir)[1] == pytest.approx(total / count, rel=1e-5)
 
     def test_horizons(self):
         steps = lambda **horizon: tinyllama.TrainArgs(global_batch_tokens=1000, **horizon).steps(50_000)  # noqa: E731
