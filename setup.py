@@ -18,6 +18,8 @@ setup(
         "numpy>=1.26",
         "jsonargparse[signatures]>=4.40",
         "sentencepiece>=0.2",
+        "protobuf>=4",
+        "gigatoken>=0.10",
         "tokenizers>=0.21",
         "transformers>=4.50",
         "safetensors>=0.5",

@@ -23,11 +23,12 @@ def parse(component: Callable, argv: list[str] | None = None) -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=inspect.getdoc(component), allow_abbrev=False)
+    description = inspect.getdoc(component).split("\n\nArgs:")[0]  # each argument is explained at its flag
+    parser = ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of flags; later flags override it.")
     add = parser.add_class_arguments if inspect.isclass(component) else parser.add_function_arguments
     add(component, as_group=False)
-    flags = parser.instantiate_classes(parser.parse_args(argv)).as_dict()
+    flags = parser.instantiate(parser.parse_args(argv)).as_dict()
     flags.pop("config")
     return component(**flags)
 
