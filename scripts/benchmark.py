@@ -6,7 +6,7 @@ python scripts/benchmark.py kernels
 python scripts/benchmark.py attention
 python scripts/benchmark.py plan --model tiny_LLaMA_1b      # memory; needs no GPU
 
-Times are medians. Tables go to stdout, and with --json FILE the same as JSON to a file.
+Times of steps are medians. Tables go to stdout, and with --json FILE the same as JSON to a file.
 """
 
 import gc
@@ -311,7 +311,7 @@ def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | No
                 outputs = function(*tensors)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 grads = [torch.randn_like(o) if o.dim() else None for o in outputs]
-                forward, both = median_forward_and_both_s(function, tensors, grads)
+                forward, both = forward_and_both_s(function, tensors, grads)
             except Exception as e:  # a foreign package may refuse a shape; the others still count
                 rows.append({"operation": operation, "by": name, "forward us": f"{type(e).__name__}: {e}"[:80]})
                 continue
@@ -345,7 +345,7 @@ def attention(json: Path | None = None) -> None:
                     rows.append(row | {"forward": problem})
                 continue
             backend = load(name)
-            forward, both = median_forward_and_both_s(backend, (q, k, v), (grad,))
+            forward, both = forward_and_both_s(backend, (q, k, v), (grad,))
             error = (backend(q, k, v)[:1] - exact).norm() / exact.norm()
             numbers = {
                 "forward": forward * 1e6 / 32768,
@@ -362,11 +362,24 @@ def median_s(function: Callable) -> float:
     return do_bench(function, warmup=20, rep=80, return_mode="median") / 1e3
 
 
-def median_forward_and_both_s(function: Callable, inputs: tuple, grads: tuple) -> tuple[float, float]:
+def forward_and_both_s(function: Callable, inputs: tuple, grads: tuple) -> tuple[float, float]:
     """Seconds of the forward, and of forward and backward."""
     needs = [t for t in inputs if t.requires_grad]
-    both = median_s(lambda: torch.autograd.grad(as_tuple(function(*inputs)), needs, grads))
-    return median_s(lambda: function(*inputs)), both
+    both = device_s(lambda: torch.autograd.grad(as_tuple(function(*inputs)), needs, grads))
+    return device_s(lambda: function(*inputs)), both
+
+
+def device_s(function: Callable, n: int = 10) -> float:
+    """Seconds that the device's kernels take in a call, mean of n: without the gaps between launches, which a training
+    step hides behind its GEMMs."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+        for _ in range(n):
+            function()
+        torch.cuda.synchronize()
+    return sum(e.device_time_total for e in prof.key_averages()) / n / 1e6
 
 
 def copy_bandwidth(device: torch.device) -> float:

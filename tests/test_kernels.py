@@ -4,6 +4,8 @@ Without a GPU, Triton's interpreter runs the same kernels on the CPU.
 """
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,6 +137,39 @@ def test_swiglu(fused, shape, dtype):
 def test_swiglu_mlp(fused, dtype):
     inputs = [randn(2, 7, 24), randn(40, 24), randn(40, 24, seed=1), randn(24, 40)]
     assert_matches(fused.swiglu_mlp, swiglu.swiglu_mlp, inputs, dtype)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lit_gpt.kernels import fused
+
+SIZES = dict(ROWS=7, ADD=True, BLOCK=2048, QUERIES=8, HALF=32, BLOCK_T=32, BLOCK_D=64, V=32000, IGNORE=-100)
+SCALARS = dict(eps="fp32", z_loss="fp32", **dict.fromkeys(("C", "N", "n_rows", "table_rows", "G", "D", "width"), "i32"))
+POINTERS = dict(weight="*fp32", d_weight="*fp32", cos="*fp32", sin="*fp32", targets="*i64", loss="*fp32")
+kernels = [k for k in vars(fused).values() if isinstance(k, triton.JITFunction)]
+for kernel in kernels:
+    for flag in (True, False):
+        sizes = {name: {"GRAD": flag, "BACKWARD": flag, **SIZES}.get(name) for name in kernel.arg_names}
+        signature = {
+            name: "constexpr" if sizes[name] is not None else SCALARS.get(name) or POINTERS.get(name, "*bf16")
+            for name in kernel.arg_names
+        }
+        constants = {name: size for name, size in sizes.items() if size is not None}
+        triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+print(len(kernels), "kernels")
+"""
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_a_gpu_that_is_not_here():
+    """The interpreter takes any Python; the compiler's language is narrower. It needs no GPU."""
+    pytest.importorskip("triton", reason="the fused kernels need triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
+    assert done.stdout == "6 kernels\n", done.stderr[-2000:]
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -403,6 +438,6 @@ def test_a_backend_that_was_named_must_work():
 
 @pytest.mark.gpu
 def test_a_package_that_was_named_and_is_missing_is_an_import_error(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "xformers.ops", None)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(ImportError, match="pip install xformers"):
         select_kernels("xformers", device=DEVICE, dtype=torch.bfloat16)

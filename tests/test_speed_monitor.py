@@ -33,6 +33,23 @@ def test_plan_counts_18_bytes_a_parameter():
     assert fixed == pytest.approx(18 * 1_100_048_384, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "name, sequences, recompute, peak",
+    [
+        ("tiny_LLaMA_1b", 16, False, 56.5e9),
+        ("tiny_LLaMA_1b", 8, False, 38.8e9),
+        ("tiny_LLaMA_1b", 2, True, 21.2e9),
+        ("tinyllama3_2b_32k", 4, False, 58.4e9),
+        ("tinyllama3_2b_32k", 6, False, 70.4e9),
+        ("tinyllama3_2b", 4, False, 66.9e9),
+    ],
+)
+def test_plan_is_within_10_percent_of_peaks_measured_on_an_h100(name, sequences, recompute, peak):
+    config = Config.from_name(name)
+    plan = memory_plan(config, sequences * config.block_size, recompute)
+    assert sum(plan.values()) == pytest.approx(peak, rel=0.1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [False, True])
 def test_plan_agrees_with_the_measured_peak(recompute):

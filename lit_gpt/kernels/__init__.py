@@ -134,7 +134,7 @@ def _usable(name: str, device: torch.device, dtype: torch.dtype) -> str:
         tensors = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
         swiglu_mlp(*tensors).sum().backward()
     except ImportError as e:
-        return f'not installed: pip install "quack-kernels==0.5.0" "nvidia-cutlass-dsl[cu13]==4.5.3" ({e})'
+        return f'not installed: pip install quack-kernels==0.5.0 "nvidia-cutlass-dsl[cu13]==4.5.3" ({e})'
     except Exception as e:  # whatever a foreign package raises, it does not work here
         return f"fails here: {type(e).__name__}: {e}"[:100]
     return ""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 INSTALL = {
-    "fa4": 'pip install --pre "flash-attn-4[cu13]"  (Hopper or newer)',
+    "fa4": 'pip install flash-attn-4==4.0.0b15 "quack-kernels==0.5.0" "nvidia-cutlass-dsl[cu13]==4.5.3" (Hopper)',
     "fa2": "pip install flash-attn --no-build-isolation",
     "xformers": "pip install xformers",
 }
