@@ -46,3 +46,6 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("LIT_TRACEBACK"):
             raise
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)  # what a shell reports for Ctrl-C

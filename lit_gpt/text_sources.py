@@ -20,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-UNIT = 16 << 20
+UNIT = 8 << 20
 """Bytes of text that are read, encoded and handed on together"""
 MAX_DOCUMENT = 64 << 20
 """Bytes of the longest line, or text file, that is read; encoding takes some 40 bytes of memory for each of them"""
@@ -196,7 +196,7 @@ def _decompressor(compression: str):
         return zlib.decompressobj(wbits=31)
     import zstandard
 
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(write_size=4 << 20)
 
 
 class _LineStream:
