@@ -116,7 +116,7 @@ class TrainArgs:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 computes in bfloat16 over fp32 weights; auto is bf16 on a GPU that has it, else fp32."""
     kernels: str = "auto"
-    """Backends of the fused operations: auto, torch, triton, compile, or with attention's as in triton+cudnn."""
+    """Backends of the fused operations: auto, quack, triton, compile or torch, and attention's, as in triton+cudnn."""
     recompute: bool = False
     """Keep no activations inside a block but compute them again in the backward: slower, and fits smaller GPUs."""
     seed: int = 3407
@@ -215,7 +215,12 @@ def main(args: TrainArgs) -> None:
 
     # The model, real from the start and the same at any world size; then sharded, if there is more than one device.
     bf16 = args.precision == "bf16"
-    kernels = select_kernels(args.kernels, device=fabric.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    kernels = select_kernels(
+        args.kernels,
+        device=fabric.device,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        heads=(config.n_head, config.n_query_groups, config.head_size),
+    )
     with fabric.device:
         model = GPT(config, kernels)
     if args.init_from is not None:

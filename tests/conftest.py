@@ -1,9 +1,14 @@
 """Order and fixtures of the tests: fast ones first, GPU and shared-data ones skip where they cannot run."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when triton is first imported, by whichever test that is: our kernels then run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"

@@ -40,8 +40,13 @@ class Kernels:
     """(operation, backend, why), for table()."""
 
     def table(self) -> str:
-        """What runs underneath, and why nothing faster does: one line an operation."""
-        return "\n".join(f"  {op:<22}{backend:<10}{why}".rstrip() for op, backend, why in self.choices)
+        """What runs underneath, and why nothing faster does: a line for the operations that share both."""
+        lines: dict[tuple[str, str], list[str]] = {}
+        for op, backend, why in self.choices:
+            lines.setdefault((backend, why), []).append(op)
+        return "\n".join(
+            f"  {', '.join(ops)}: {backend}{f' ({why})' if why else ''}" for (backend, why), ops in lines.items()
+        )
 
 
 ELEMENTWISE = ("rms_norm", "add_rms_norm", "split_rope", "swiglu_mlp", "linear_cross_entropy")
