@@ -5,6 +5,7 @@ python scripts/benchmark.py step --peer '[litgpt, hf-liger]' --micro_batch_size 
 python scripts/benchmark.py kernels
 python scripts/benchmark.py attention
 python scripts/benchmark.py plan --model tiny_LLaMA_1b      # memory; needs no GPU
+python scripts/benchmark.py prepare --source_path SlimPajama --tokenizer_path tokenizer/llama2   # data preparation
 
 Times of steps are medians. Tables go to stdout, and with --json FILE the same as JSON to a file.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmark_prepare import prepare
 
 from lit_gpt.cli import one_line_errors
 from lit_gpt.config import Config
@@ -432,4 +434,4 @@ if __name__ == "__main__":
     from jsonargparse import auto_cli
 
     with one_line_errors():
-        auto_cli([step, kernels, attention, plan], as_positional=False)
+        auto_cli([step, kernels, attention, plan, prepare], as_positional=False)

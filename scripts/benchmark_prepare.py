@@ -1,6 +1,6 @@
 """Processor time from zstd jsonl to shards, ours against one document at a time.
 
-python scripts/benchmark_prepare.py --source_path SlimPajama --tokenizer_path tokenizer/llama2 --peer per-document
+python scripts/benchmark.py prepare --source_path SlimPajama --tokenizer_path tokenizer/llama2 --peer per-document
 
 The documents of the source (SlimPajama's layout) are repeated to `--megabytes` of text. Time is user + system time of
 the whole process tree, start-up included, so that other work on the machine matters little.
@@ -26,7 +26,7 @@ PATTERN = "train/*/*.jsonl.zst"
 CHUNK_SIZE = 2049 * 1024
 
 
-def main(
+def prepare(
     source_path: Path,
     tokenizer_path: Path,
     peer: Literal["per-document", "none"] = "per-document",
@@ -52,7 +52,7 @@ def main(
         ours = [script, *flags, "--destination_path", Path(folder, "ours"), f"--processes={processes}"]
         commands = {f"ours, {processes} processes": ours}
         if peer == "per-document":
-            commands["per document"] = [__file__, "peer", corpus, tokenizer_path, Path(folder, "peer")]
+            commands["per document"] = [__file__, corpus, tokenizer_path, Path(folder, "peer")]
         print(f"{text_bytes / 1e6:.1f} MB of text in {files} files")
         cpu_seconds = {}
         for name, command in commands.items():
@@ -124,10 +124,4 @@ def read_tokens(folder: Path) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["peer"]:
-        prepare_per_document(*map(Path, sys.argv[2:]))
-    else:
-        from lit_gpt.cli import one_line_errors, parse
-
-        with one_line_errors():
-            parse(main)
+    prepare_per_document(*map(Path, sys.argv[1:]))
