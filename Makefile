@@ -9,7 +9,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
 
-test: .venv/installed
+test: .venv/tests-installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
 
@@ -20,6 +20,11 @@ test: .venv/installed
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install -r requirements.txt
 	$(BIN)/pip install --no-deps --no-build-isolation -e . > .venv/install.log 2>&1 || { cat .venv/install.log; exit 1; }
+	touch $@
+
+.venv/tests-installed: requirements-test.txt .venv/installed
+	$(BIN)/pip install --quiet -r requirements-test.txt
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(BIN)/pip install --quiet triton==3.6.0 || echo 'no triton: its tests skip'
 	touch $@
 
 clean:

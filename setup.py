@@ -37,6 +37,7 @@ setup(
         "eval": ["lm-eval>=0.4.8"],
         "chat": ["gradio>=5"],
         "wandb": ["wandb"],
+        "remote": ["s3fs>=2024.6"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["lightning = lit_gpt.lightning_cli:main"]},
