@@ -52,6 +52,7 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         reduction: str = "sum",
+        logits_at: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits, or the loss where targets are given.
 
@@ -64,6 +65,7 @@ class GPT(nn.Module):
                 token then sees its own document only. Not together with a cache.
             reduction: "sum", or "none" for the loss of every token, (B, T), zero where ignored. Nothing here divides:
                 a batch is spread over micro-batches and ranks, and only the caller knows its number of valid targets.
+            logits_at: (N,) of the B·T tokens laid end to end, to compute these logits alone, (N, V).
 
         Returns:
             (B, T, V) logits in the model's dtype, or the fp32 loss in nats.
@@ -92,7 +94,7 @@ class GPT(nn.Module):
         _, x = self.transformer.ln_f(x, delta)
 
         if targets is None:
-            return self.lm_head(x)
+            return self.lm_head(x if logits_at is None else x.flatten(0, 1)[logits_at])
         loss = self.kernels.linear_cross_entropy(
             x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction=reduction
         )
