@@ -44,6 +44,8 @@ class Tokenizer:
     """One more than the largest id"""
     bos_id: int | None
     eos_id: int | None
+    special: dict[str, int]
+    """Special tokens by their text; `encode` never gives them, only who asks for them by name gets them"""
 
     def __init__(self, path: str | Path) -> None:
         self.path = _find_file(Path(path))
@@ -57,7 +59,8 @@ class Tokenizer:
         else:
             self.model = _SentencePieceModel(self.path, content)
         self.vocab_size, self.bos_id, self.eos_id = self.model.vocab_size, self.model.bos_id, self.model.eos_id
-        for text in self.model.special:
+        self.special = self.model.special
+        for text in self.special:
             if {self.bos_id, self.eos_id} & set(self.model.encode(text)):
                 raise ValueError(f"{self.path}: {text!r} as text becomes a delimiter; mark it special in the file")
 
@@ -113,7 +116,7 @@ def _find_file(path: Path) -> Path:
 
 
 # --- three file formats ----------------------------------------------------------------------------------------------
-# Each has vocab_size, bos_id, eos_id, `special` (texts that other libraries would take for a special token),
+# Each has vocab_size, bos_id, eos_id, `special` (id of each text that other libraries take for a special token),
 # encode (no delimiters), decode, and `fast()`, the same tokenizer in gigatoken.
 
 
@@ -131,7 +134,7 @@ class _SentencePieceModel:
             raise ValueError(f"{path}: not a tokenizer: it holds no pieces")
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.processor.bos_id(), self.processor.eos_id()))
         ids = range(self.vocab_size)
-        self.special = [self.processor.id_to_piece(i) for i in ids if self.processor.is_control(i)]
+        self.special = {self.processor.id_to_piece(i): i for i in ids if self.processor.is_control(i)}
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
@@ -159,7 +162,7 @@ class _TokenizersModel:
         self.processor.no_truncation()
         self.processor.no_padding()
         self.vocab_size = max(self.processor.get_vocab().values()) + 1
-        self.special = [t.content for t in self.processor.get_added_tokens_decoder().values() if t.special]
+        self.special = {t.content: i for i, t in self.processor.get_added_tokens_decoder().items() if t.special}
         self.bos_id = self._delimiter(path, "bos_token", ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"))
         self.eos_id = self._delimiter(path, "eos_token", ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>"))
 
@@ -202,7 +205,7 @@ class _TiktokenModel:
         self.bos_id = len(self.ranks)
         self.eos_id = self.bos_id + 1
         self.vocab_size = self.bos_id + 256
-        self.special = ["<|begin_of_text|>", "<|end_of_text|>"]
+        self.special = {"<|begin_of_text|>": self.bos_id, "<|end_of_text|>": self.eos_id}
         self.processor = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=self.ranks, special_tokens={}
         )
