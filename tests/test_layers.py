@@ -14,7 +14,7 @@ ORDER = [
     # floor 1
     *("model", "prepare", "weights", "hf_tokenizer", "hf", "speed_monitor", "chat_data"),
     # floor 2
-    *("checkpoint", "pretrained", "generate", "speculative", "lora"),
+    *("checkpoint", "pretrained", "generate", "scoring", "sandbox", "evaluation", "contamination", "report", "speculative", "lora"),
     "lightning_cli",
 ]
 RUNNABLE = ("pretrain", "scripts", "sft", "speculative_decoding", "chat_gradio")
