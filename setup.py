@@ -38,7 +38,7 @@ setup(
         "chat": ["gradio>=5"],
         "wandb": ["wandb"],
         "remote": ["s3fs>=2024.6"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["lightning = lit_gpt.lightning_cli:main"]},
 )

@@ -1,35 +1,50 @@
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lit_gpt.cli import parse
+
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ROOT / "pretrain" / "tinyllama.py"
+
+
+@pytest.fixture(scope="module")
+def train_args() -> type:
+    spec = importlib.util.spec_from_file_location("tinyllama", PRETRAIN)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("tinyllama", module)  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    return module.TrainArgs
 
 
 def run(*args: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
 
 
-def test_help_explains_every_flag_with_its_default():
-    out = " ".join(run(PRETRAIN, "--help").stdout.split())
+def test_help_explains_every_flag_with_its_default(train_args, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(train_args, ["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
     assert "Tokens in one optimizer step, over all devices and micro-batches. (type: int, default: 2097152)" in out
 
 
-def test_an_unknown_flag_or_key_is_an_error_that_names_it(tmp_path):
-    done = run(PRETRAIN, "--learning_rat", "1")
-    assert done.returncode != 0 and "--learning_rat" in done.stderr
+def test_an_unknown_flag_or_key_is_an_error_that_names_it(train_args, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("learning_rat: 1\n")
-    done = run(PRETRAIN, "--config", tmp_path / "c.yaml")
-    assert done.returncode != 0 and "learning_rat" in done.stderr
+    for argv in (["--learning_rat", "1"], ["--config", str(tmp_path / "c.yaml")]):
+        with pytest.raises(SystemExit) as end:
+            parse(train_args, argv)
+        assert end.value.code != 0 and "learning_rat" in capsys.readouterr().err
 
 
-def test_a_yaml_preset_and_a_flag_after_it(tmp_path):
+def test_a_yaml_preset_and_a_flag_after_it(train_args, tmp_path):
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-3\nmodel_overrides: {n_layer: 3}\n")
-    flags = ("--learning_rate", "2e-3", "--model_overrides.n_head", "4", "--print_config")
-    out = run(PRETRAIN, "--config", tmp_path / "c.yaml", *flags).stdout
-    assert "learning_rate: 0.002" in out and "n_layer: 3" in out and "n_head: 4" in out
+    flags = ["--learning_rate", "2e-3", "--model_overrides.n_head", "4", "--global_batch_tokens", "4096"]
+    args = parse(train_args, ["--config", str(tmp_path / "c.yaml"), "--train_data_dir", "x", *flags])
+    assert args.learning_rate == 0.002 and args.model_overrides == {"n_layer": 3, "n_head": 4}
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_1(tmp_path):
