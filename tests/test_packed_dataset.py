@@ -122,7 +122,7 @@ def test_neighbours_in_a_batch_come_from_different_documents(tmp_path):
 # --- ranks, workers, resume -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_coverage_for_any_shards_ranks_and_micro_batches(tmp_path_factory, data):
     """All ranks together see every sequence of every source once, in lockstep, wherever they stop and go on."""

@@ -66,7 +66,7 @@ def measure_afresh(directory: Path, *arguments: int) -> dict[str, float]:
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads memory and CPU time from /proc")
 def test_a_trillion_tokens_in_10_000_shards(tmp_path):
     write_sparse(tmp_path, "train", 10_000, 100_000_000)
-    for start in (0, 10**6, 4 * 10**8):
+    for start in (0, 4 * 10**8):
         result = measure_afresh(tmp_path, start, 8, 500)
         assert result["first_batch_s"] < 2, result  # opening, resuming, starting the worker; headers of all shards
         assert result["worker_mib"] < 300, result

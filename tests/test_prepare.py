@@ -346,7 +346,7 @@ def test_killed_and_restarted(tmp_path, tokenizer_path, processes):
     kill_and_restart(tmp_path, tokenizer_path, processes, kills=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_twenty_times_and_restarted(tmp_path, tokenizer_path, processes):
     kill_and_restart(tmp_path, tokenizer_path, processes, kills=20)
