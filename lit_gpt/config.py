@@ -5,9 +5,12 @@ config = Config.from_name("tiny_LLaMA_1b", n_layer=4)
 """
 
 import difflib
+import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
+
+ROPE_SCALINGS = ("none", "linear", "dynamic", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,30 @@ class Config:
     rope_base: float = 10000.0
     rotary_percentage: float = 1.0
     """Share of each head that rotates, from its beginning."""
-    condense_ratio: int = 1
-    """Positions are divided by this (linear scaling), so a context of block_size fits where block_size / ratio did."""
+    rope_scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
+    """How rotation slows down for sequences longer than the model was first trained on; see kernels/rope.py."""
+    rope_factor: float = 1.0
+    """How many times longer."""
+    rope_original_size: int = 0
+    """The block_size of that first training. 0: block_size / rope_factor, as linear scaling always has it."""
     tie_embeddings: bool = False
     """The head is the embedding's weight."""
 
     def __post_init__(self) -> None:
+        if self.rope_scaling not in ROPE_SCALINGS:
+            raise ValueError(
+                f"model {self.name!r}: unknown rope_scaling {self.rope_scaling!r}. Known: {', '.join(ROPE_SCALINGS)}"
+            )
+        if (self.rope_scaling == "none") != (self.rope_factor == 1) or not 1 <= self.rope_factor < math.inf:
+            raise ValueError(
+                f"model {self.name!r}: rope_factor {self.rope_factor} with rope_scaling {self.rope_scaling!r}; "
+                "a scaling needs a factor greater than 1, and a factor a scaling"
+            )
+        scaled_size = round(self.block_size / self.rope_factor)
+        if self.rope_scaling in ("none", "linear"):
+            object.__setattr__(self, "rope_original_size", scaled_size)
         derived = {
+            "rope_original_size": scaled_size,
             "padded_vocab_size": -(-self.vocab_size // 64) * 64,
             "n_query_groups": self.n_head,
             "head_size": self.n_embd // self.n_head,
@@ -85,6 +105,20 @@ class Config:
                 raise ValueError(f"unknown model field {field!r}.{hint} Known: {', '.join(known)}")
         return cls(**{"name": name, **MODELS[name], **overrides})
 
+    def stretched(self, rope_scaling: str, rope_factor: float) -> "Config":
+        """The same model for sequences `rope_factor` times as long, by one of ROPE_SCALINGS.
+
+        Raises:
+            ValueError: it is stretched already, or the scaling and its factor make no sense.
+        """
+        if self.rope_scaling != "none":
+            raise ValueError(
+                f"model {self.name!r} is stretched already: {self.rope_scaling}, {self.rope_factor:g} times"
+            )
+        block_size = round(self.block_size * rope_factor)
+        size = dict(block_size=block_size, rope_original_size=self.block_size)
+        return replace(self, **size, rope_scaling=rope_scaling, rope_factor=rope_factor)
+
     def to_dict(self) -> dict[str, Any]:
         """Every field, derived ones filled in; `Config(**config.to_dict()) == config`."""
         return asdict(self)
@@ -107,7 +141,7 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "tiny_LLaMA_120M": dict(n_layer=12, n_embd=768, n_head=12, n_query_groups=1, intermediate_size=2048),
     "tiny_LLaMA_1b": dict(n_query_groups=4),
-    "code_tiny_LLaMA_1b": dict(n_query_groups=4, block_size=8192, condense_ratio=4),
+    "code_tiny_LLaMA_1b": dict(n_query_groups=4, block_size=8192, rope_scaling="linear", rope_factor=4.0),
     "tinyllama3_2b": dict(**_llama3, vocab_size=128256),
     "tinyllama3_2b_32k": dict(**_llama3, n_layer=24),
     "pythia-1b": dict(**_pythia, n_layer=16, n_head=8, intermediate_size=8192),

@@ -7,13 +7,14 @@
 Families: Llama (transformers' LlamaForCausalLM) and GPT-NeoX (GPTNeoXForCausalLM, e.g. Pythia).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_gpt.config import Config
+from lit_gpt.config import ROPE_SCALINGS, Config
 from lit_gpt.weights import LazyWeights, open_weights, read_json, write_json, write_safetensors
 
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")  # not weights; old files hold them
@@ -170,18 +171,19 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         ValueError: a shape that their model cannot have.
     """
     c = config
-    scaling = {"type": "linear", "rope_type": "linear", "factor": float(c.condense_ratio)}
-    rope = {"rope_type": "default", **(scaling if c.condense_ratio > 1 else {}), "rope_theta": float(c.rope_base)}
+    scaling = _rope_scaling_to_hf(c)
+    rope = {**(scaling or {"rope_type": "default"}), "rope_theta": float(c.rope_base)}
     common = {
         "vocab_size": c.padded_vocab_size,
         "hidden_size": c.n_embd,
         "intermediate_size": c.intermediate_size,
         "num_hidden_layers": c.n_layer,
         "num_attention_heads": c.n_head,
-        "max_position_embeddings": c.block_size,
+        # In dynamic scaling their model grows beyond this as it needs to, and counts from it.
+        "max_position_embeddings": c.rope_original_size if c.rope_scaling == "dynamic" else c.block_size,
         "initializer_range": 0.02,
         "tie_word_embeddings": c.tie_embeddings,
-        "rope_scaling": scaling if c.condense_ratio > 1 else None,
+        "rope_scaling": scaling,
         "use_cache": True,
         # What theirs cannot say, so that a round trip gives the same Config.
         "lit_gpt": {"name": c.name, "vocab_size": c.vocab_size},
@@ -222,6 +224,55 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     }
 
 
+# What transformers lets a config.json choose and we do not, with the value of every model that we know.
+ROPE_CONSTANTS = {
+    "yarn": {"beta_fast": 32, "beta_slow": 1, "truncate": True},
+    "llama3": {"low_freq_factor": 1, "high_freq_factor": 4},
+}
+
+
+def _rope_scaling_to_hf(c: Config) -> dict[str, Any] | None:
+    if c.rope_scaling == "none":
+        return None
+    # "type" is the name that transformers < 4.43 knew it by.
+    scaling = {"type": c.rope_scaling, "rope_type": c.rope_scaling, "factor": float(c.rope_factor)}
+    if c.rope_scaling in ("yarn", "llama3"):
+        scaling["original_max_position_embeddings"] = c.rope_original_size
+    if c.rope_scaling == "llama3":  # has no defaults there
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return scaling
+
+
+def _rope_scaling_from_hf(rope: Mapping[str, Any], max_positions: int) -> tuple[dict[str, Any], list[str]]:
+    """Fields of our Config, and what it cannot express."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {}, []
+    if kind not in ROPE_SCALINGS:
+        return {}, [f"rope_scaling {kind!r} (supported: {', '.join(ROPE_SCALINGS[1:])})"]
+    factor = rope.get("factor")
+    if not isinstance(factor, int | float) or not factor >= 1:
+        return {}, [f"rope_scaling factor {factor!r}"]
+    constants = dict(ROPE_CONSTANTS.get(kind, {}))
+    if kind == "yarn":
+        constants["attention_factor"] = round(0.1 * math.log(factor) + 1, 6)
+        if rope.get("mscale") and rope.get("mscale_all_dim"):  # one without the other means nothing to transformers
+            constants["mscale"] = None
+    unsupported = [
+        f"rope_scaling {key} {rope[key]!r} (supported: {only})"
+        for key, only in constants.items()
+        if rope.get(key) is not None and (only is None or round(rope[key], 6) != only)
+    ]
+    if factor == 1:
+        return {}, unsupported
+    fields: dict[str, Any] = {"rope_scaling": kind, "rope_factor": float(factor)}
+    if kind == "dynamic":
+        fields |= {"block_size": round(max_positions * factor), "rope_original_size": max_positions}
+    elif kind != "linear":
+        fields["rope_original_size"] = rope.get("original_max_position_embeddings") or max_positions
+    return fields, unsupported
+
+
 def config_from_hf(hf: Mapping[str, Any], name: str = "") -> Config:
     """The Config of a config.json, whichever transformers wrote it.
 
@@ -242,7 +293,6 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> Config:
     # In transformers 5 everything about rope is in rope_parameters; in 4 base and scaling are apart, and the scaling's
     # kind was once called "type". An old key that is set wins, as it does in transformers 5.
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor", 1.0)
     old_base, old_share = ("rope_theta", None) if family == "llama" else ("rotary_emb_base", "rotary_pct")
     base = rope.get("rope_theta", hf.get(old_base, 10000.0))
     share = rope.get("partial_rotary_factor", hf.get(old_share, 1.0 if family == "llama" else 0.25))
@@ -258,10 +308,9 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> Config:
         }.items()
         if key in hf and hf[key] != only
     ]
-    if kind not in ("default", "linear"):
-        unsupported.append(f"rope_scaling {kind!r} (supported: linear)")
-    elif kind == "linear" and factor != int(factor):
-        unsupported.append(f"rope_scaling factor {factor} (supported: whole numbers)")
+    block_size = hf.get("max_position_embeddings", 2048)
+    scaling, beyond_ours = _rope_scaling_from_hf(rope, block_size)
+    unsupported += beyond_ours
     if family == "llama" and share != 1.0:
         unsupported.append(f"partial_rotary_factor {share}")
     if unsupported:
@@ -270,7 +319,7 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> Config:
     extra = hf.get("lit_gpt") or {}
     return Config(
         name=extra.get("name") or name,
-        block_size=hf.get("max_position_embeddings", 2048),
+        **{"block_size": block_size, **scaling},
         vocab_size=extra.get("vocab_size", hf["vocab_size"]),
         padded_vocab_size=hf["vocab_size"],
         n_layer=hf["num_hidden_layers"],
@@ -283,7 +332,6 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> Config:
         norm_eps=hf.get("rms_norm_eps", 1e-6) if family == "llama" else hf.get("layer_norm_eps", 1e-5),
         rope_base=float(base),
         rotary_percentage=float(share),
-        condense_ratio=int(factor) if kind == "linear" else 1,
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
     )
 

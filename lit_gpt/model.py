@@ -80,7 +80,8 @@ class GPT(nn.Module):
             self._compute_weights.refresh()
         if cache is not None and positions is None:
             positions = torch.arange(T, device=idx.device)
-        cos, sin = (table[:T] if positions is None else table[positions] for table in self.rope(idx.device))
+        tables = self.rope(idx.device, T if cache is None else cache.k.size(2))
+        cos, sin = (table[:T] if positions is None else table[positions] for table in tables)
         mask = None if cache is None else cache.mask(positions)  # (1 or B, 1, T, S)
 
         # The residual stream is x + delta: each norm's kernel does the addition that the sublayer before it left over.
@@ -100,11 +101,17 @@ class GPT(nn.Module):
         )
         return loss if reduction == "sum" else loss.view_as(targets)
 
-    def rope(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotary tables, built at first use: as buffers they would follow model.to(bfloat16) and lose positions."""
-        if self._rope is None or self._rope[0].device != device:
-            c = self.config
-            self._rope = rope_tables(c.block_size, c.rope_n_elem, c.rope_base, c.condense_ratio, device)
+    def rope(self, device: torch.device, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary tables, built at first use: as buffers they would follow model.to(bfloat16) and lose positions.
+
+        Args:
+            length: of the sequences, or of the cache that they will fill. Dynamic scaling depends on it; all keys of a
+                cache are rotated alike, where transformers leaves each as the length of its moment had it.
+        """
+        c = self.config
+        n_positions = max(length, c.rope_original_size) if c.rope_scaling == "dynamic" else c.block_size
+        if self._rope is None or self._rope[0].device != device or self._rope[0].size(0) != n_positions:
+            self._rope = rope_tables(c, n_positions, device)
         return self._rope
 
     def compute_in(self, dtype: torch.dtype) -> None:

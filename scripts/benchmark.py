@@ -231,7 +231,7 @@ def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | No
 
     x, delta, qkv = randn(1, N, C), randn(1, N, C), randn(N // T, T, c.qkv_size)
     gate_up, w = randn(1, N, 2 * W), torch.ones(C, device=device)
-    cos, sin = rope.rope_tables(T, c.rope_n_elem, c.rope_base, 1, device)
+    cos, sin = rope.rope_tables(c, T, device)
     hidden, head = randn(N, C) * 0.05, randn(V, C) * 0.05
     targets = torch.randint(V, (N,), device=device)
 

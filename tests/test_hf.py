@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -258,8 +259,8 @@ def test_transformers_understands_config_json(name, tmp_path):
     theirs = AutoConfig.from_pretrained(tmp_path)
     rope = theirs.rope_parameters
     assert rope["rope_theta"] == config.rope_base
-    assert rope["rope_type"] == ("linear" if config.condense_ratio > 1 else "default")
-    assert rope.get("factor", 1) == config.condense_ratio
+    assert rope["rope_type"] == ("default" if config.rope_scaling == "none" else config.rope_scaling)
+    assert rope.get("factor", 1) == config.rope_factor
     assert rope.get("partial_rotary_factor", 1) == config.rotary_percentage
     assert theirs.max_position_embeddings == config.block_size
     # and what transformers 5 writes in its own way comes back as the same model
@@ -284,7 +285,7 @@ LLAMA2 = {  # as transformers 4 wrote it
 def test_configs_of_transformers_4():
     assert config_from_hf(LLAMA2, "x") == Config(name="x", **TINY)
     linear = {**LLAMA2, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
-    assert config_from_hf(linear, "x") == Config(name="x", **TINY, rope_base=5e5, condense_ratio=4)
+    assert config_from_hf(linear, "x") == Config(name="x", **TINY, rope_base=5e5, rope_scaling="linear", rope_factor=4)
     neox = {"model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 2e4, "layer_norm_eps": 1e-6}
     assert config_from_hf({**LLAMA2, **neox}) == Config(
         **{**TINY, "n_query_groups": 4}, family="gptneox", rotary_percentage=0.5, rope_base=2e4, norm_eps=1e-6
@@ -299,9 +300,12 @@ def test_configs_of_transformers_4():
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling 'llama3'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4}}, "rope_scaling 'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.5}}, "factor 2.5"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_scaling 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "rope_scaling factor None"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "beta_fast": 16}}, "beta_fast 16 .supported: 32"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.5}}, "attention_factor 1.5"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mscale": 1, "mscale_all_dim": 1}}, "mscale 1"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 8.0}}, "high_freq_factor 8.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "gpt_neox", "use_parallel_residual": False}, "use_parallel_residual False"),
         ({"model_type": "gpt_neox", "hidden_act": "gelu_fast"}, "hidden_act 'gelu_fast'"),
@@ -311,6 +315,24 @@ def test_configs_of_transformers_4():
 def test_what_our_model_cannot_do_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf({**LLAMA2, **change})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("scaling", ["linear", "dynamic", "yarn", "llama3"])
+def test_a_longer_context_survives_the_way_there_and_back(scaling, family, tmp_path):
+    """Through our file and through the one that transformers makes of it."""
+    from transformers import AutoConfig
+
+    more = dict(family="gptneox", n_query_groups=4) if family == "gpt_neox" else {}
+    stretched = Config(name="x", **{**TINY, **more}).stretched(scaling, 2.5)
+    assert (stretched.block_size, stretched.rope_original_size) == (160, 64)
+    for config in (stretched, replace(stretched, rope_original_size=32, block_size=160)):
+        if config.rope_original_size == 32 and scaling == "dynamic":
+            continue  # transformers has one length for both
+        (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
+        AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "theirs")
+        for folder in (tmp_path, tmp_path / "theirs"):
+            assert config_from_hf(json.loads((folder / "config.json").read_text())) == config
 
 
 def test_missing_settings_are_named():

@@ -98,7 +98,7 @@ def test_rms_norm_alone_of_its_two_outputs_may_be_used(fused):
     ids=["gqa", "mqa, head of 12", "a quarter rotates"],
 )
 def test_split_rope(fused, B, T, H, G, D, R, dtype):
-    cos, sin = rope.rope_tables(T, R, 10000.0, 1, DEVICE)
+    cos, sin = rope.rope_tables(Config(head_size=D, rotary_percentage=R / D), T, DEVICE)
     qkv = randn(B, T, (H + 2 * G) * D)
     assert_matches(
         lambda x: fused.split_rope(x, cos, sin, G, D), lambda x: rope.split_rope(x, cos, sin, G, D), [qkv], dtype

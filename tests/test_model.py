@@ -1,6 +1,7 @@
 """The model against transformers, in fp32 on the CPU, and what else its docstrings promise."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ LLAMAS = {
     "padded vocabulary": (dict(vocab_size=150, n_query_groups=2), dict(num_key_value_heads=2)),
     "tied": (dict(n_query_groups=2, tie_embeddings=True), dict(num_key_value_heads=2, tie_word_embeddings=True)),
     "condensed positions": (
-        dict(condense_ratio=4),
+        dict(rope_scaling="linear", rope_factor=4),
         dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
     ),
     "rope base": (
@@ -85,6 +86,80 @@ def test_llama_logits_equal_transformers(case):
     model = ours_from(Config(**{**SMALL, **ours}), hf_model)
     idx = torch.randint(model.config.vocab_size, (2, 48))
     assert_same_logits(model(idx), hf_model(idx).logits)
+
+
+LONG = dict(block_size=48, rope_factor=4.0, rope_original_size=12)
+SCALED = {
+    "linear": dict(factor=4.0),
+    "dynamic": dict(factor=4.0),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=12),
+    "llama3": dict(factor=4.0, original_max_position_embeddings=12, low_freq_factor=1.0, high_freq_factor=4.0),
+}
+
+
+@pytest.mark.parametrize("length", [9, 12, 13, 48])
+@pytest.mark.parametrize("scaling", SCALED)
+@pytest.mark.parametrize("family", ["llama", "gptneox"])
+@torch.inference_mode()
+def test_longer_contexts_equal_transformers(family, scaling, length):
+    torch.manual_seed(0)
+    rope = {"rope_type": scaling, "rope_theta": 100.0, **SCALED[scaling]}  # a base that lets some elements turn often
+    shape = {**LLAMA_HF, "max_position_embeddings": 12 if scaling == "dynamic" else 48}
+    ours = {**SMALL, **LONG, "rope_base": 100.0, "rope_scaling": scaling}
+    if family == "llama":
+        hf_model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, rope_parameters=rope))
+        config = Config(**ours, n_query_groups=2)
+    else:
+        shape.pop("rms_norm_eps")
+        rope["partial_rotary_factor"] = 0.5
+        hf_model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, rope_parameters=rope))
+        config = Config(**ours, family="gptneox", rotary_percentage=0.5)
+    model = ours_from(config, randomised(hf_model))
+    idx = torch.randint(model.config.vocab_size, (2, length))
+    logits, want = model(idx), hf_model(idx).logits
+    assert (logits - want).abs().max() <= 1e-5 * want.abs().max()
+    model.config, model._rope = replace(config, rope_scaling="none", rope_factor=1, rope_original_size=0), None
+    if scaling != "dynamic" or length > 12:
+        assert (model(idx) - logits).abs().max() > 0.01  # the scaling says something here
+
+
+@torch.inference_mode()
+def test_a_dynamically_scaled_cache_equals_no_cache():
+    """All its keys rotate as the length of the cache has it."""
+    model = small(rope_scaling="dynamic", **LONG)
+    idx = torch.randint(192, (1, 30))
+    cache, rows = new_cache(model, 1, 30), []
+    for positions in (torch.arange(20), *torch.arange(20, 30).split(1)):
+        rows.append(model(idx[:, positions], cache=cache, positions=positions))
+    torch.testing.assert_close(torch.cat(rows, 1), model(idx), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", ["none", *SCALED])
+def test_frequencies_of_real_sizes_are_those_of_transformers(scaling):
+    """To the bit but for the order of two multiplications: at position 131,072 an angle must still be exact."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from lit_gpt.kernels.rope import frequencies
+
+    original = 8192
+    config = Config(rope_base=5e5, block_size=16 * original)
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    if scaling != "none":
+        config = replace(config, rope_scaling=scaling, rope_factor=16.0, rope_original_size=original)
+        rope |= {**SCALED[scaling], "rope_type": scaling, "factor": 16.0}
+        if "original_max_position_embeddings" in rope:
+            rope["original_max_position_embeddings"] = original
+    max_positions = original if scaling == "dynamic" else 16 * original
+    hf = LlamaConfig(
+        hidden_size=2048, num_attention_heads=32, max_position_embeddings=max_positions, rope_parameters=rope
+    )
+    ours, amplitude = frequencies(config, 50_000, torch.device("cpu"))
+    if scaling == "none":
+        want, their_amplitude = 1.0 / (5e5 ** (torch.arange(0, 64, 2).float() / 64)), 1.0
+    else:
+        want, their_amplitude = ROPE_INIT_FUNCTIONS[scaling](hf, torch.device("cpu"), seq_len=50_000)
+    torch.testing.assert_close(ours, want, rtol=3e-7, atol=0)
+    assert amplitude == their_amplitude
 
 
 @pytest.mark.parametrize("case", NEOXES)
@@ -224,10 +299,10 @@ def test_published_names_load():
 def test_rope_tables_stay_fp32():
     model = small().to(torch.bfloat16)
     model(torch.zeros(1, 4, dtype=torch.long))
-    assert all(t.dtype == torch.float32 for t in model.rope(torch.device("cpu")))
+    assert all(t.dtype == torch.float32 for t in model.rope(torch.device("cpu"), 4))
     model.to(torch.float32)
-    want = small().rope(torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(model.rope(torch.device("cpu")), want, strict=True))
+    want = small().rope(torch.device("cpu"), 4)
+    assert all(torch.equal(a, b) for a, b in zip(model.rope(torch.device("cpu"), 4), want, strict=True))
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
