@@ -82,16 +82,15 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=idx.device)
         tables = self.rope(idx.device, T if cache is None else cache.k.size(2))
         cos, sin = (table[:T] if positions is None else table[positions] for table in tables)
-        mask = None if cache is None else cache.mask(positions)  # (1 or B, 1, T, S)
 
         # The residual stream is x + delta: each norm's kernel does the addition that the sublayer before it left over.
         x, delta = self.transformer.wte(idx), None  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             layer = None if cache is None else cache.layer(i, positions)
             if self.recompute and self.training and torch.is_grad_enabled():
-                x, delta = checkpoint(block, x, delta, cos, sin, mask, cu_seqlens, layer, use_reentrant=False)
+                x, delta = checkpoint(block, x, delta, cos, sin, cu_seqlens, layer, use_reentrant=False)
             else:
-                x, delta = block(x, delta, cos, sin, mask, cu_seqlens, layer)
+                x, delta = block(x, delta, cos, sin, cu_seqlens, layer)
         _, x = self.transformer.ln_f(x, delta)
 
         if targets is None:
@@ -114,11 +113,12 @@ class GPT(nn.Module):
             self._rope = rope_tables(c, n_positions, device)
         return self._rope
 
-    def compute_in(self, dtype: torch.dtype) -> None:
+    def compute_in(self, dtype: torch.dtype, copies: "ComputeWeights | None" = None) -> None:
         """Run the matrix products, and the activations between them, in `dtype` over the fp32 parameters, which stay
         what an optimizer steps and a checkpoint holds; gradients are fp32 and accumulate in fp32. Call it when the
-        parameters are on their device. (Sharded models get the same from FSDP's MixedPrecisionPolicy.)"""
-        self._compute_weights = ComputeWeights(self, dtype)
+        parameters are on their device. `copies` are those of a sharded model (lit_gpt.sharding); with FSDP its
+        MixedPrecisionPolicy does the same."""
+        self._compute_weights = copies or ComputeWeights(self, dtype)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -154,13 +154,12 @@ class Block(nn.Module):
         delta: torch.Tensor | None,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         cache: "LayerCache | None" = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual stream in and out as (x, delta), whose sum it is; delta None is 0."""
         x, y = self.norm_1(x, delta)
-        delta = self.attn(y, cos, sin, mask, cu_seqlens, cache)
+        delta = self.attn(y, cos, sin, cu_seqlens, cache)
         if self.parallel_residual:
             _, y = self.norm_2(x)
             return x, delta + self.mlp(y)
@@ -182,15 +181,16 @@ class CausalSelfAttention(nn.Module):
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         cache: "LayerCache | None" = None,
     ) -> torch.Tensor:
         c = self.config
-        q, k, v = self.kernels.split_rope(self.attn(x), cos, sin, c.n_query_groups, c.head_size)
+        qkv = self.attn(x)
         if cache is not None:
-            k, v = cache.update(k, v)  # (B, S, G, D)
-        y = self.kernels.attention(q, k, v, mask, cu_seqlens)  # (B, T, H, D)
+            y = self.kernels.cached_attention(qkv, cos, sin, cache, c.n_query_groups, c.head_size)
+        else:
+            q, k, v = self.kernels.split_rope(qkv, cos, sin, c.n_query_groups, c.head_size)
+            y = self.kernels.attention(q, k, v, None, cu_seqlens)  # (B, T, H, D)
         return self.proj(y.flatten(2))
 
 
@@ -258,7 +258,7 @@ class Embedding(nn.Embedding):
 
 
 class KVCache:
-    """Keys and values of up to `length` tokens, allocated once: (n_layer, B, S, G, D) each."""
+    """Keys and values of up to `length` tokens of each row, allocated once: (n_layer, B, S, G, D) each."""
 
     def __init__(self, config: Config, batch_size: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
         if length > config.block_size:
@@ -266,22 +266,19 @@ class KVCache:
         shape = (config.n_layer, batch_size, length, config.n_query_groups, config.head_size)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-
-    def mask(self, positions: torch.Tensor) -> torch.Tensor:
-        """True where a token at `positions` may look, at itself and before: (1 or B, 1, T, S)."""
-        slots = torch.arange(self.k.size(2), device=positions.device)
-        mask = slots <= positions[..., None]
-        return mask[None, None] if positions.dim() == 1 else mask[:, None]
+        self.arrivals = torch.zeros(256, device=device, dtype=torch.int32)
 
     def layer(self, i: int, positions: torch.Tensor) -> "LayerCache":
-        return LayerCache(self.k[i], self.v[i], positions)
+        return LayerCache(self.k[i], self.v[i], positions, self.arrivals)
 
 
 class LayerCache:
-    """One layer's view of a KVCache, at the positions of this call."""
+    """One layer's view of a KVCache, at the positions of this call: (T,), or (B, T)."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> None:
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, arrivals: torch.Tensor) -> None:
         self.k, self.v, self.positions = k, v, positions
+        self.arrivals = arrivals
+        """Zeros that the decoding kernel counts in, and leaves as zeros."""
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k and v (B, T, G, D) at their positions and return the whole cache of the layer, (B, S, G, D)."""
@@ -289,6 +286,11 @@ class LayerCache:
             return self.k.index_copy_(1, self.positions, k), self.v.index_copy_(1, self.positions, v)
         where = (torch.arange(k.size(0), device=k.device)[:, None], self.positions)
         return self.k.index_put_(where, k), self.v.index_put_(where, v)
+
+    def mask(self) -> torch.Tensor:
+        """True where a new token may look, at itself and before: (1 or B, 1, T, S)."""
+        mask = torch.arange(self.k.size(1), device=self.k.device) <= self.positions[..., None]
+        return mask[None, None] if self.positions.dim() == 1 else mask[:, None]
 
 
 def accept_published_names(module: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:

@@ -12,9 +12,9 @@ ORDER = [
     # floor 0
     *("config", "kernels", "tokenizer", "text_sources", "shards", "mix", "packed_dataset", "optim", "cli", "metrics"),
     # floor 1
-    *("model", "prepare", "weights", "hf_tokenizer", "hf", "speed_monitor", "chat_template", "chat_data"),
+    *("model", "int8", "prepare", "weights", "hf_tokenizer", "hf", "speed_monitor", "chat_template", "chat_data"),
     # floor 2
-    *("checkpoint", "pretrained", "generate", "scoring", "sandbox", "evaluation", "contamination", "report", "speculative", "lora", "retrieval", "chat"),
+    *("checkpoint", "pretrained", "decoder", "generate", "perplexity", "scoring", "sandbox", "evaluation", "contamination", "report", "speculative", "lora", "retrieval", "chat"),
     "lightning_cli",
 ]
 RUNNABLE = ("pretrain", "scripts", "sft", "speculative_decoding", "chat_gradio")

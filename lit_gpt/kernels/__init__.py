@@ -10,11 +10,12 @@ A backend is chosen once, here; it appears neither in Config nor in a parameter'
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from lit_gpt.kernels import attention as _attention
-from lit_gpt.kernels.attention import attention
+from lit_gpt.kernels.attention import attention, cached_attention
 from lit_gpt.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from lit_gpt.kernels.linear import ComputeWeights, embedding, linear
 from lit_gpt.kernels.rmsnorm import add_rms_norm, rms_norm
@@ -29,11 +30,14 @@ class Kernels:
     """One callable per operation; the signatures are those of the references in this folder."""
 
     attention: Callable = attention
+    cached_attention: Callable = cached_attention
     rms_norm: Callable = rms_norm
     add_rms_norm: Callable = add_rms_norm
     split_rope: Callable = split_rope
     swiglu_mlp: Callable = swiglu_mlp
     linear_cross_entropy: Callable = linear_cross_entropy
+    decode: ModuleType | None = None
+    """Products of a few rows, for decoding: kernels/decode.py where there is Triton."""
     compile_blocks: bool = False
     """The elementwise operations are PyTorch's, to be fused by block.compile()."""
     choices: tuple[tuple[str, str, str], ...] = ()
@@ -89,9 +93,10 @@ def select_kernels(
     functions = {"attention": _attention.load(attend)}
     backends = dict.fromkeys(ELEMENTWISE, rest)
     if rest in ("triton", "quack"):
-        from lit_gpt.kernels import fused
+        from lit_gpt.kernels import decode, fused
 
         functions |= {op: getattr(fused, op) for op in ELEMENTWISE}
+        functions |= {"cached_attention": decode.cached_attention, "decode": decode}
         backends = dict.fromkeys(ELEMENTWISE, "triton")
     if rest == "quack":
         from lit_gpt.kernels import quack_mlp

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lit_gpt.kernels.rope import split_rope
+
 INSTALL = {
     "fa4": 'pip install flash-attn-4==4.0.0b15 "quack-kernels==0.5.0" "nvidia-cutlass-dsl[cu13]==4.5.3" (Hopper)',
     "fa2": "pip install flash-attn --no-build-isolation",
@@ -44,6 +46,23 @@ def attention(
     gqa = q.size(1) != k.size(1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     return out.transpose(1, 2)
+
+
+def cached_attention(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache, n_query_groups: int, head_size: int
+) -> torch.Tensor:
+    """Attention of new tokens to themselves and to the earlier ones in a cache, which the new ones are written into.
+
+    Args:
+        qkv, cos, sin, n_query_groups, head_size: as for `split_rope`.
+        cache: a model.LayerCache, at the positions of the new tokens.
+
+    Returns:
+        (B, T, H, D).
+    """
+    q, k, v = split_rope(qkv, cos, sin, n_query_groups, head_size)
+    k, v = cache.update(k, v)  # (B, S, G, D)
+    return attention(q, k, v, cache.mask())
 
 
 def document_mask(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:

@@ -1,0 +1,143 @@
+"""A model with its key/value cache: prompts in, then step after step of one or a few tokens for each row.
+
+    decoder = Decoder(model, batch_size=2, length=300)
+    logits = decoder.prefill([prompt_a, prompt_b])                      # (B, V), what follows each prompt
+    logits = decoder.step(token[:, None], position)                     # (B, T, V), T = 1
+
+On a CUDA GPU a step is a CUDA graph, one for each T: nothing is launched from Python, nothing is allocated. Steps of up
+to 16 rows of a Llama model run through kernels made for them (kernels/decode.py), others through the model's forward.
+
+B batch, T tokens, V ids, C width.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from lit_gpt.int8 import Int8Linear
+from lit_gpt.kernels.linear import compute
+from lit_gpt.model import GPT, KVCache, Linear
+
+PREFILL_TOKENS = 16384
+"""Tokens of all rows that go through the model at once, while it reads prompts."""
+
+
+class Decoder:
+    """Room for `batch_size` rows of up to `length` tokens; a row is at a position of its own."""
+
+    def __init__(self, model: GPT, batch_size: int, length: int) -> None:
+        c = model.config
+        self.model, self.batch_size, self.length = model, batch_size, length
+        self.device = model.transformer.wte.weight.device
+        dtype = compute(model.transformer.wte.weight).dtype
+        self.cache = KVCache(c, batch_size, length, self.device, dtype)
+        self._graphs: dict[int, _Graph] = {}
+        self._fused = None
+        if self.device.type == "cuda" and model.kernels.decode is not None and fits_fused(model):
+            self._fused = model.kernels.decode
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], copies: int = 1) -> torch.Tensor:
+        """Read the prompts, of any lengths, from position 0 on. Returns the logits of what follows each, (B, V).
+
+        Args:
+            copies: rows that go on from each prompt, next to each other: B is len(prompts) · copies.
+        """
+        model, device = self.model, self.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        longest = max(map(len, prompts))
+        cache = self.cache if copies == 1 else KVCache(model.config, len(prompts), longest, device, self.cache.k.dtype)
+        # Shorter prompts are padded on the right. What padding leaves in the cache lies after a row's own position,
+        # where no query looks, and is overwritten before the row gets there.
+        idx = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        for row, prompt in zip(idx, prompts, strict=True):
+            row[: len(prompt)] = torch.as_tensor(prompt)
+        idx = idx.to(device)
+        logits = torch.empty(len(prompts), model.config.vocab_size, device=device, dtype=cache.k.dtype)
+        chunk = max(1, PREFILL_TOKENS // len(prompts))
+        for start in range(0, longest, chunk):
+            part = idx[:, start : start + chunk]
+            T = part.size(1)
+            ends = ((lengths > start) & (lengths <= start + T)).nonzero()[:, 0]  # rows that end in this chunk
+            last = ends * T + lengths[ends] - 1 - start
+            positions = torch.arange(start, start + T, device=device)
+            logits[ends] = model(part, cache=cache, positions=positions, logits_at=last)[:, : logits.size(1)]
+        if copies > 1:
+            for mine, read in ((self.cache.k, cache.k), (self.cache.v, cache.v)):
+                # (layers, B, S, G, D), seen as (layers, prompts, copies, S, G, D)
+                mine.unflatten(1, (len(prompts), copies))[:, :, :, :longest] = read[:, :, None]
+            logits = logits.repeat_interleave(copies, 0)
+        return logits
+
+    @torch.inference_mode()
+    def step(self, idx: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V) after each of the tokens idx (B, T), which are at position, position + 1, ..., (B,) int64.
+
+        On a GPU the next step with the same T overwrites them.
+        """
+        if self.device.type != "cuda":
+            return self._forward(idx, position)
+        T = idx.size(1)
+        if T not in self._graphs:
+            self._graphs[T] = _Graph(self._forward, idx, position)
+        return self._graphs[T](idx, position)
+
+    def _forward(self, idx: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        positions = position[:, None] + torch.arange(idx.size(1), device=idx.device)  # (B, T)
+        forward = self.model
+        if self._fused is not None and idx.numel() <= self._fused.MAX_ROWS:
+            forward = self._fused_forward
+        return forward(idx, cache=self.cache, positions=positions)[..., : self.model.config.vocab_size]
+
+    def _fused_forward(self, idx: torch.Tensor, cache: KVCache, positions: torch.Tensor) -> torch.Tensor:
+        """As GPT.forward for a Llama model, with the norms, SwiGLU and the additions inside the matrix products."""
+        model, kernels = self.model, self._fused
+        c = model.config
+        cos, sin = (table[positions] for table in model.rope(idx.device, cache.k.size(2)))
+        x = F.embedding(idx.flatten(), compute(model.transformer.wte.weight))  # (M, C): the residual stream
+        for i, block in enumerate(model.transformer.h):
+            norm_1, norm_2, attn, mlp = block.norm_1, block.norm_2, block.attn, block.mlp
+            qkv = kernels.linear(x, *matrix(attn.attn), norm=norm_1.weight, eps=norm_1.eps)
+            qkv = qkv.view(*idx.shape, -1)
+            y = kernels.cached_attention(qkv, cos, sin, cache.layer(i, positions), c.n_query_groups, c.head_size)
+            kernels.linear(y.flatten(0, 1).flatten(1), *matrix(attn.proj), add_to=x)
+            (gate, gate_scale), (up, up_scale) = matrix(mlp.fc_1), matrix(mlp.fc_2)
+            h = kernels.swiglu(x, gate, up, gate_scale, up_scale, norm=norm_2.weight, eps=norm_2.eps)
+            kernels.linear(h, *matrix(mlp.proj), add_to=x)
+        norm = model.transformer.ln_f
+        return kernels.linear(x, *matrix(model.lm_head), norm=norm.weight, eps=norm.eps).view(*idx.shape, -1)
+
+
+def matrix(layer: Linear | Int8Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Its weight, and the scale of each row if it has one."""
+    return (layer.weight, layer.scale) if isinstance(layer, Int8Linear) else (compute(layer.weight), None)
+
+
+def fits_fused(model: GPT) -> bool:
+    """Whether nothing in the model, such as an adapter, has a forward that the fused one does not know."""
+    block = model.transformer.h[0]
+    layers = (block.attn.attn, block.attn.proj, *block.mlp.children(), model.lm_head)
+    return model.config.family == "llama" and all(type(layer) in (Linear, Int8Linear) for layer in layers)
+
+
+class _Graph:
+    """function(idx, position), captured for one shape of idx."""
+
+    def __init__(self, function: Callable, idx: torch.Tensor, position: torch.Tensor) -> None:
+        self.idx, self.position = idx.clone(), position.clone()
+        # Warm up with the true arguments, so that all that is written to the cache is right: kernels are compiled.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function(self.idx, self.position)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = function(self.idx, self.position)
+
+    def __call__(self, idx: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        self.idx.copy_(idx)
+        self.position.copy_(position)
+        self.graph.replay()
+        return self.logits
