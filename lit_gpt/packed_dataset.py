@@ -23,9 +23,11 @@ holds IGNORE_INDEX: as a target that is ignored, as an input any id will do (`to
     state = loader.state_dict()  # small JSON; loader.load_state_dict(state) on any number of ranks
 """
 
+import atexit
 import hashlib
 import itertools
 import signal
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -401,6 +403,12 @@ class PackedLoader:
         """Sequences that all ranks together have taken out of the loader; what workers read ahead does not count"""
 
     def __iter__(self) -> Iterator["torch.Tensor | DocumentBatch"]:
+        batches = self._batches()
+        # After an error nobody ends the loop over them; Python would wait for ever for workers that outlive SIGTERM.
+        atexit.register(_close, weakref.ref(batches))
+        return batches
+
+    def _batches(self) -> Iterator["torch.Tensor | DocumentBatch"]:
         end, step = self.dataset.end, self.micro_batch_size * self.world_size
         batches = DataLoader(
             _Guarded(self.dataset),
@@ -456,3 +464,8 @@ def _outlive_signals(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _close(generator: weakref.ref) -> None:
+    if (batches := generator()) is not None:
+        batches.close()

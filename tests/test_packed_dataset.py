@@ -3,6 +3,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -382,6 +384,23 @@ def test_a_part_of_the_validation_data_is_evenly_spread_and_fixed(two_sources):
     first = torch.cat(list(data.batches(8)))[:50, 0].tolist()
     assert first == [100 * i + 10 * (i // 50) for i in range(50)] and len(data) == 50
     assert len(ValidationSet(two_sources, ["train_slim"], 10, vocab_size=32000, max_sequences=10**9)) == 501
+
+
+def test_an_error_ends_the_program_that_has_workers(two_sources):
+    """Workers outlive signals, and Python waits for its children at exit."""
+    code = f"""
+from lit_gpt.packed_dataset import PackedDataset, PackedLoader
+
+def train():
+    data = PackedDataset({str(two_sources)!r}, {{"train_star": 1}}, 10, seed=1, vocab_size=32000)
+    batches = iter(PackedLoader(data, 4, num_workers=1))
+    next(batches)
+    raise RuntimeError("out of memory")
+
+train()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: out of memory\n")
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
