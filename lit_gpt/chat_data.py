@@ -227,9 +227,11 @@ class PackedRows:
     """Conversations laid into rows of block_size tokens, none cut, in memory."""
 
     def __init__(self, examples: Sequence[Encoded], block_size: int) -> None:
-        self.examples, self.block_size = examples, block_size
+        self.block_size = block_size
+        self.ids = [torch.tensor(e.ids, dtype=torch.int32) for e in examples]
+        self.trained = [torch.tensor(e.trained) for e in examples]
         # The last token of a conversation is only a target, so one of block_size + 1 fits.
-        self.rows = best_fit([len(e.ids) - 1 for e in examples], block_size)
+        self.rows = best_fit([len(ids) - 1 for ids in self.ids], block_size)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -240,17 +242,16 @@ class PackedRows:
         targets = torch.full_like(idx, IGNORE_INDEX)
         begins, n_tokens = [], 0
         for row, i in enumerate(indices):
-            at = 0
-            for example in (self.examples[e] for e in (self.rows[i] if i is not None else [])):
-                end = at + len(example.ids) - 1
-                ids, trained = torch.tensor(example.ids), torch.tensor(example.trained)
-                idx[row, at:end] = ids[:-1]
-                targets[row, at:end] = ids[1:].where(trained[1:], IGNORE_INDEX)
-                begins.append(row * self.block_size + at)
-                at = end
-            n_tokens += at
-            if at < self.block_size:
-                begins.append(row * self.block_size + at)
+            begin = 0
+            for ids, trained in ((self.ids[e], self.trained[e]) for e in (() if i is None else self.rows[i])):
+                end = begin + len(ids) - 1
+                idx[row, begin:end] = ids[:-1]
+                targets[row, begin:end] = ids[1:].masked_fill(~trained[1:], IGNORE_INDEX)
+                begins.append(row * self.block_size + begin)
+                begin = end
+            n_tokens += begin
+            if begin < self.block_size:
+                begins.append(row * self.block_size + begin)
         cu_seqlens = torch.tensor([*begins, idx.numel()], dtype=torch.int32)
         return ChatBatch(idx, targets, cu_seqlens, torch.tensor(n_tokens))
 

@@ -277,8 +277,8 @@ def check_messages(messages: Sequence[Message]) -> None:
     for i, message in enumerate(turns):
         if message.get("role") != ("user", "assistant")[i % 2]:
             raise ValueError(
-                f"message {i + 1} is from {message.get('role')!r}: user and assistant take turns, the user begins, and a "
-                "system message may come first"
+                f"message {i + 1} is from {message.get('role')!r}: user and assistant take turns, the user begins, and "
+                "a system message may come first"
             )
     for message in messages:
         if not isinstance(message.get("content"), str) or not message["content"].strip():
