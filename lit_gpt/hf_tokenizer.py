@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_gpt.tokenizer import TORTURE, Tokenizer
+from lit_gpt.tokenizer import LLAMA3_PATTERN, TORTURE, Tokenizer, byte_letters
 from lit_gpt.weights import read_json, write_json
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ FILES = (
 
 # Types of a sentencepiece piece (sentencepiece_model.proto)
 NORMAL, CONTROL, USER_DEFINED, BYTE, BPE = 1, 3, 4, 6, 2
+LLAMA3_PAD = "<|reserved_special_token_2|>"  # the id that Llama 3.1 calls <|finetune_right_pad_id|>
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -81,12 +82,7 @@ def export_tokenizer(source: Path, folder: Path, *, add_bos: bool, max_length: i
         config = {**read_json(folder / "tokenizer_config.json"), "tokenizer_class": "PreTrainedTokenizerFast"}
         pad_id = None
     else:
-        if reference.path.suffix == ".json":
-            import tokenizers
-
-            converted = tokenizers.Tokenizer.from_file(str(reference.path))
-        else:
-            converted = from_sentencepiece(reference.path)
+        converted = as_tokenizers(reference)
         names = {
             key: converted.id_to_token(i)
             for key, i in (("bos_token", reference.bos_id), ("eos_token", reference.eos_id))
@@ -95,6 +91,8 @@ def export_tokenizer(source: Path, folder: Path, *, add_bos: bool, max_length: i
         if converted.model.unk_token is not None:
             # Padding must be a token that training never asks for, which EOS is not; the vocabulary keeps its size.
             names |= {"unk_token": converted.model.unk_token, "pad_token": converted.model.unk_token}
+        elif LLAMA3_PAD in reference.special:
+            names["pad_token"] = LLAMA3_PAD
         pad_id = converted.token_to_id(names["pad_token"]) if "pad_token" in names else None
         if add_bos and reference.bos_id is not None:
             _prepend_bos(converted, names["bos_token"], reference.bos_id)
@@ -146,6 +144,50 @@ def verify_tokenizer(reference: Tokenizer, folder: Path, texts: list[str] = TORT
             )
 
 
+def as_tokenizers(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
+    """The same tokenizer in the tokenizers library, whatever file it came from.
+
+    Raises:
+        ValueError: it has a property that the library does not have.
+    """
+    import tokenizers
+
+    if tokenizer.path.suffix == ".json":
+        return tokenizers.Tokenizer.from_file(str(tokenizer.path))
+    ranks = getattr(tokenizer.model, "ranks", None)
+    return from_sentencepiece(tokenizer.path) if ranks is None else from_tiktoken(ranks, tokenizer.special)
+
+
+def from_tiktoken(ranks: dict[bytes, int], special: dict[str, int]) -> "tokenizers.Tokenizer":
+    """The tokenizers library's equivalent of Llama 3's ranks.
+
+    tiktoken joins the two neighbours whose union has the lowest rank, the leftmost of equals. As merges: every way to
+    cut a token in two, lowest rank first, and of those the cut whose own parts have the lowest.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = byte_letters()
+    merges = [
+        (rank, ranks[token[:cut]], ranks[token[cut:]], token[:cut], token[cut:])
+        for token, rank in ranks.items()
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+
+    def written(token: bytes) -> str:
+        return token.decode("latin-1").translate(letters)
+
+    vocab = {written(token): rank for token, rank in ranks.items()} | special
+    pairs = [(written(left), written(right)) for *_, left, right in sorted(merges)]
+    result = Tokenizer(models.BPE(vocab, pairs, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    result.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    result.decoder = decoders.ByteLevel()
+    result.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
+    return result
+
+
 def from_sentencepiece(path: Path) -> "tokenizers.Tokenizer":
     """The tokenizers library's equivalent of a sentencepiece BPE model.
 
@@ -159,7 +201,7 @@ def from_sentencepiece(path: Path) -> "tokenizers.Tokenizer":
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception as e:  # protobuf's DecodeError, whose module differs by version
-        raise ValueError(f"{path} is not a sentencepiece model (a Llama-3 tokenizer.model: give tokenizer.json)") from e
+        raise ValueError(f"{path} is not a sentencepiece model") from e
     trainer, norm = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != BPE or trainer.treat_whitespace_as_suffix or not norm.escape_whitespaces:
         raise ValueError(f"{path}: only BPE models that mark spaces at the beginning of a word can be exported")

@@ -28,6 +28,13 @@ LLAMA3_PATTERN = (
 )
 """How Llama 3 cuts text before byte-pair encoding; its tokenizer.model holds only the ranks."""
 
+LLAMA3_SPECIAL = (
+    *("<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
+    *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
+)
+"""The 256 ids after the ranks, which that file does not list either."""
+
 
 class Tokenizer:
     """The tokenizer in `path`: a tokenizer.model (sentencepiece, or the tiktoken ranks of Llama 3), a tokenizer.json,
@@ -187,7 +194,7 @@ class _TokenizersModel:
 
 
 class _TiktokenModel:
-    """Llama 3: 128,000 ranks as lines of `base64 rank`, then 256 special tokens that the file does not list."""
+    """Llama 3: 128,000 ranks as lines of `base64 rank`, then the special tokens."""
 
     def __init__(self, path: Path, content: bytes) -> None:
         try:
@@ -204,8 +211,8 @@ class _TiktokenModel:
             raise ValueError(f"{path}: not a whole tokenizer: its ranks are not 0, 1, 2, ...")
         self.bos_id = len(self.ranks)
         self.eos_id = self.bos_id + 1
-        self.vocab_size = self.bos_id + 256
-        self.special = {"<|begin_of_text|>": self.bos_id, "<|end_of_text|>": self.eos_id}
+        self.vocab_size = self.bos_id + len(LLAMA3_SPECIAL)
+        self.special = {text: self.bos_id + i for i, text in enumerate(LLAMA3_SPECIAL)}
         self.processor = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=self.ranks, special_tokens={}
         )
@@ -220,7 +227,7 @@ class _TiktokenModel:
         """gigatoken wants merges instead of ranks: a pair may merge when its concatenation has a rank, lowest first."""
         import gigatoken
 
-        letters = _byte_letters()
+        letters = byte_letters()
         vocab = {token.decode("latin-1").translate(letters): rank for token, rank in self.ranks.items()}
         merges = [
             f"{left} {right}"
@@ -239,7 +246,7 @@ class _TiktokenModel:
         return gigatoken.Tokenizer.from_json(json.dumps(content))
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """GPT-2's printable stand-in for each byte, the alphabet of a byte-level tokenizer.json."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]

@@ -1,5 +1,6 @@
 """Conversion to and from Hugging Face: bit by bit, into what transformers loads, and refused where it cannot be."""
 
+import base64
 import json
 import os
 import pickle
@@ -29,7 +30,7 @@ from lit_gpt.hf import (
 from lit_gpt.hf_tokenizer import export_tokenizer, starts_with_bos, verify_tokenizer
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
-from lit_gpt.tokenizer import TORTURE, Tokenizer
+from lit_gpt.tokenizer import LLAMA3_PATTERN, TORTURE, Tokenizer, byte_letters
 from lit_gpt.weights import open_weights, parse_bytes, whole_folder
 from tests.tiny import ROOT, TINY, random_weights, run_script, train_sentencepiece, write_lit_folder
 
@@ -579,6 +580,46 @@ def test_autotokenizer_gives_the_ids_of_a_sentencepiece_model(options, tmp_path)
     for text in ("Hello, world!", "def f(x):\n    return x", "naïve 你好 😀", " a"):
         ids = reference.encode(text, bos=False, eos=False)
         assert theirs.decode(ids) == reference.decode(ids)
+
+
+def llama3_ranks(path: Path) -> Path:
+    """A tokenizer.model as Llama 3 has it: byte-level merges trained on this project's sources, as ranks."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Trained
+
+    trained = Trained(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator([file.read_text() for file in sorted((ROOT / "lit_gpt").glob("*.py"))], trainer)
+    as_byte = {letter: byte for byte, letter in byte_letters().items()}
+    tokens = sorted(trained.get_vocab().items(), key=lambda entry: entry[1])
+    lines = [base64.b64encode(bytes(as_byte[letter] for letter in token)) + b" %d\n" % rank for token, rank in tokens]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+def test_autotokenizer_gives_the_ids_of_llama_3(tmp_path):
+    from transformers import AutoTokenizer
+
+    source = llama3_ranks(tmp_path / "source" / "tokenizer.model")
+    reference = Tokenizer(source)
+    out = tmp_path / "out"
+    out.mkdir()
+    ids = export_tokenizer(source, out, add_bos=True, max_length=64)
+    assert ids == {"bos_token_id": 1500, "eos_token_id": 1501, "pad_token_id": 1504}
+    theirs = AutoTokenizer.from_pretrained(out)
+    texts = [*HARD, *(file.read_text() for file in sorted((ROOT / "tests").glob("*.py")))]
+    for text in texts:
+        assert theirs(text, verbose=False)["input_ids"] == reference.encode(text, bos=True, eos=False), text[:50]
+    assert len(theirs) == reference.vocab_size == 1756
+    assert theirs.convert_tokens_to_ids("<|eot_id|>") == 1509
+    text = "naïve 你好 😀 1234"
+    assert theirs.decode(reference.encode(text, bos=True, eos=True), skip_special_tokens=True) == text
+    assert Tokenizer(out / "tokenizer.json").special == reference.special
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
