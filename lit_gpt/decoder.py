@@ -10,7 +10,9 @@ to 16 rows of a Llama model run through kernels made for them (kernels/decode.py
 B batch, T tokens, V ids, C width.
 """
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +35,15 @@ class Decoder:
         dtype = compute(model.transformer.wte.weight).dtype
         self.cache = KVCache(c, batch_size, length, self.device, dtype)
         self._graphs: dict[int, _Graph] = {}
+        self._weights = weights_of(model)
         self._fused = None
         if self.device.type == "cuda" and model.kernels.decode is not None and fits_fused(model):
             self._fused = model.kernels.decode
+
+    def fits(self, model: GPT, batch_size: int, length: int) -> bool:
+        """Whether it can be used again: it is large enough, and the weights are still where the graphs read them."""
+        same = self._weights == weights_of(model)
+        return same and self.batch_size == batch_size and length <= self.length
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], copies: int = 1) -> torch.Tensor:
@@ -109,9 +117,34 @@ class Decoder:
         return kernels.linear(x, *matrix(model.lm_head), norm=norm.weight, eps=norm.eps).view(*idx.shape, -1)
 
 
+_idle: "weakref.WeakKeyDictionary[GPT, Decoder]" = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def borrow(model: GPT, batch_size: int, length: int) -> Iterator[Decoder]:
+    """A Decoder for so much: the one that was given back last, whose graphs are captured already, or a new one."""
+    c = model.config
+    decoder = _idle.pop(model, None)
+    if decoder is None or not decoder.fits(model, batch_size, length):
+        decoder = None  # free its memory first
+        if model.transformer.wte.weight.is_cuda and c.rope_scaling != "dynamic":  # which looks at the cache's length
+            length = min(-(-length // 512) * 512, c.block_size)  # for the next, too
+        decoder = Decoder(model, batch_size, length)
+    try:
+        yield decoder
+    finally:
+        if decoder.device.type == "cuda" and batch_size <= 16:  # a large batch's cache is memory, its capture nothing
+            _idle[model] = decoder
+
+
 def matrix(layer: Linear | Int8Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Its weight, and the scale of each row if it has one."""
     return (layer.weight, layer.scale) if isinstance(layer, Int8Linear) else (compute(layer.weight), None)
+
+
+def weights_of(model: GPT) -> tuple[int, ...]:
+    """Where its weights are in memory."""
+    return tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
 
 
 def fits_fused(model: GPT) -> bool:

@@ -1,4 +1,4 @@
-"""Decoding with a key/value cache: greedy, or sampled at a temperature from the top k or the top p.
+"""Decoding with a key/value cache: greedy, or sampled from what temperature, top k, top p and min p leave.
 
     for new_id in stream(model, prompt_ids, 100, eos_id=tokenizer.eos_id):
         ...
@@ -7,12 +7,13 @@
 B batch, T tokens, V ids.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 
-from lit_gpt.model import GPT, KVCache
+from lit_gpt.decoder import borrow
+from lit_gpt.model import GPT
 
 
 class ContextFull(ValueError):
@@ -23,8 +24,15 @@ class ContextFull(ValueError):
         self.generated = generated
 
 
+# --- choosing a token ------------------------------------------------------------------------------------------------
+
+
 def probabilities(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> torch.Tensor:
     """The distribution that is sampled from, (..., V) fp32 for logits (..., V).
 
@@ -33,6 +41,8 @@ def probabilities(
         top_k: keep the k most likely ids; None: all.
         top_p: of those, keep the fewest most likely whose probabilities sum to at least p (nucleus sampling, Holtzman
             et al. 2019, arXiv:1904.09751).
+        min_p: of those, keep the ones at least min_p times as likely as the likeliest (Nguyen et al. 2024,
+            arXiv:2407.01082).
     """
     logits = logits.float()
     if temperature == 0:
@@ -46,10 +56,36 @@ def probabilities(
         p = values.softmax(-1)
         beyond = p.cumsum(-1) - p >= top_p  # what precedes it is enough already
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
-    return logits.softmax(-1)
+    p = logits.softmax(-1)
+    if min_p > 0:
+        p = p.where(p >= min_p * p.amax(-1, keepdim=True), 0)
+        p /= p.sum(-1, keepdim=True)
+    return p
 
 
-def check_settings(temperature: float, top_k: int | None, top_p: float, max_new_tokens: int | None) -> None:
+def draw(p: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """An id for each row of p (..., V), with these probabilities: (...), int64.
+
+    The first of V exponential clocks of rates p to ring is i with probability p_i; unlike torch.multinomial this never
+    waits for the GPU.
+    """
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+
+def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Make the ids of `seen` (B, V) less likely: positive logits (B, V) are divided by the penalty, negative ones
+    multiplied (Keskar et al. 2019, arXiv:1909.05858)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def check_settings(
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    max_new_tokens: int | None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> None:
     """Raise ValueError naming the setting that makes no sense."""
     if not temperature >= 0:
         raise ValueError(f"temperature {temperature}: give 0 (greedy) or more")
@@ -57,8 +93,28 @@ def check_settings(temperature: float, top_k: int | None, top_p: float, max_new_
         raise ValueError(f"top_k {top_k}: give 1 or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p}: give more than 0 and at most 1")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p {min_p}: give 0 to 1")
+    if not repetition_penalty > 0:
+        raise ValueError(f"repetition_penalty {repetition_penalty}: give more than 0; 1 changes nothing")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens}: give 1 or more")
+
+
+def check_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError for an empty prompt, an id that the model does not have, a prompt longer than the context."""
+    c = model.config
+    longest = max(map(len, prompts), default=0)
+    if not all(map(len, prompts)) or not prompts:
+        raise ValueError("the prompt is empty: give at least one token, such as the tokenizer's BOS")
+    if longest > c.block_size:
+        raise ValueError(f"the prompt has {longest} tokens; the model takes {c.block_size}")
+    wrong = [i for prompt in prompts for i in prompt if not 0 <= i < c.padded_vocab_size]
+    if wrong:
+        raise ValueError(f"token id {wrong[0]} in the prompt; the model knows 0 to {c.padded_vocab_size - 1}")
+
+
+# --- one token after another -----------------------------------------------------------------------------------------
 
 
 def decode(
@@ -68,54 +124,87 @@ def decode(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    num_samples: int = 1,
     generator: torch.Generator | None = None,
     max_new_tokens: int | None = None,
+    logprobs: bool = False,
 ) -> Iterator[torch.Tensor]:
-    """The next token of every prompt, (B,) int64, again and again.
+    """The next token of every row, (B,) int64 on the CPU, again and again.
 
     Ends after max_new_tokens, or when the longest row fills the model's context; a token may still be predicted from a
     context that is just full.
 
     Args:
+        temperature, top_k, top_p, min_p: as for `probabilities`; by default the likeliest token is taken.
+        repetition_penalty: more than 1 makes what the row holds already, its prompt included, less likely.
+        num_samples: rows that go on from each prompt, next to each other: B is len(prompts) · num_samples. The prompts
+            are read once.
         generator: on the model's device; None: torch's own.
+        logprobs: yield pairs: the tokens, and their log-probabilities (B,) by the model alone (temperature 1).
 
     Raises:
         ValueError: an empty prompt, an id that the model does not have, a prompt longer than the context, or settings
             that make no sense.
     """
-    check_settings(temperature, top_k, top_p, max_new_tokens)
-    c, device = model.config, model.lm_head.weight.device
-    lengths = [len(prompt) for prompt in prompts]
-    if not lengths or min(lengths) == 0:
-        raise ValueError("the prompt is empty: give at least one token, such as the tokenizer's BOS")
-    if max(lengths) > c.block_size:
-        raise ValueError(f"the prompt has {max(lengths)} tokens; the model takes {c.block_size}")
-    wrong = [i for prompt in prompts for i in prompt if not 0 <= i < c.padded_vocab_size]
-    if wrong:
-        raise ValueError(f"token id {wrong[0]} in the prompt; the model knows 0 to {c.padded_vocab_size - 1}")
-    n = c.block_size - max(lengths) + 1
+    check_settings(temperature, top_k, top_p, max_new_tokens, min_p, repetition_penalty)
+    check_prompts(model, prompts)
+    c, device = model.config, model.transformer.wte.weight.device
+    longest = max(map(len, prompts))
+    B = len(prompts) * num_samples
+    n = c.block_size - longest + 1
     n = n if max_new_tokens is None else min(n, max_new_tokens)
-    cache = KVCache(c, len(prompts), max(lengths) + n - 1, device, model.lm_head.weight.dtype)
+    seen = None
+    if repetition_penalty != 1:
+        seen = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[[i for i in prompt if i < c.vocab_size]] = True
+        seen = seen.repeat_interleave(num_samples, 0).to(device)
 
-    # Shorter prompts are padded on the right. What padding leaves in the cache lies after a row's own position, where
-    # the mask does not look, and is overwritten before the row gets there.
-    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
-    idx = torch.tensor(padded, device=device)  # (B, T)
-    position = last = torch.tensor(lengths, device=device) - 1  # (B,) of the last token of each row
-    positions = torch.arange(idx.size(1), device=device)  # (T,)
-    for _ in range(n):
+    def choose(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        penalised = logits if seen is None else penalise(logits, seen, repetition_penalty)
+        if temperature == 0:
+            token = penalised.argmax(-1)
+        else:
+            token = draw(probabilities(penalised, temperature, top_k, top_p, min_p), generator)
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
+        if not logprobs:
+            return (token,)
+        return token, logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
+
+    with borrow(model, B, longest + n - 1) as decoder:
+        position = torch.tensor([len(p) for p in prompts for _ in range(num_samples)], device=device)  # (B,), next
         with torch.inference_mode():
-            logits = model(idx, cache=cache, positions=positions)  # (B, T, V), at first; then (B, 1, V)
-            logits = logits[torch.arange(len(prompts), device=device), last, : c.vocab_size]  # (B, V) without padding
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                p = probabilities(logits, temperature, top_k, top_p)
-                token = torch.multinomial(p, 1, generator=generator)[:, 0]
-        yield token
-        idx, last = token[:, None], 0
-        position = position + 1
-        positions = position[:, None]
+            logits = decoder.prefill(prompts, num_samples)  # (B, V)
+        for i in range(n):
+            with torch.inference_mode():
+                chosen = choose(logits)
+                arrived = _to_cpu(chosen)
+                # A GPU computes the next step while this token is looked at; on a CPU that would only delay it.
+                if device.type == "cuda" and i + 1 < n:
+                    logits = decoder.step(chosen[0][:, None], position)[:, 0]
+            tokens = arrived()
+            yield tokens if logprobs else tokens[0]
+            if device.type != "cuda" and i + 1 < n:
+                logits = decoder.step(chosen[0][:, None], position)[:, 0]
+            position = position + 1
+
+
+def _to_cpu(tensors: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Start copying them, and return what waits for the copies, but not for what the GPU is given meanwhile."""
+    if not tensors[0].is_cuda:
+        return lambda: tensors
+    copies = tuple(torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tensors)
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait() -> tuple[torch.Tensor, ...]:
+        event.synchronize()
+        return copies
+
+    return wait
 
 
 def stream(
@@ -124,15 +213,21 @@ def stream(
     """The ids that follow a prompt, one by one as they are decided, EOS included.
 
     Args:
-        sampling: temperature (default 0: greedy), top_k, top_p, generator, as for `decode`.
+        sampling: temperature (default 0: greedy), top_k, top_p, min_p, repetition_penalty, generator, logprobs, as for
+            `decode`. With logprobs pairs are yielded: the id, and its log-probability.
 
     Raises:
         ContextFull: after as many tokens as the context holds, when neither max_new_tokens nor EOS came first.
     """
     generated: list[int] = []
-    for token in decode(model, [prompt], max_new_tokens=max_new_tokens, **sampling):
-        generated.append(int(token))
-        yield generated[-1]
+    for chosen in decode(model, [prompt], max_new_tokens=max_new_tokens, **sampling):
+        if sampling.get("logprobs"):
+            chosen, logprob = chosen
+            generated.append(int(chosen))
+            yield generated[-1], float(logprob)
+        else:
+            generated.append(int(chosen))
+            yield generated[-1]
         if generated[-1] == eos_id:
             return
     if len(generated) < max_new_tokens:
@@ -140,38 +235,88 @@ def stream(
 
 
 def generate(
-    model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, eos_id: int | None = None, **sampling
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    eos_id: int | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+    **sampling,
 ) -> list[list[int]]:
     """The ids that follow each prompt, up to its EOS, which is included, or max_new_tokens. As `stream`, for a batch.
+
+    Args:
+        stop: ends a row as well, when it says so of the ids so far; see `stop_at`.
+        sampling: as for `decode`. With logprobs the result is two lists of rows, ids and log-probabilities.
 
     Raises:
         ContextFull: the longest row filled the context, and a row was not done; `generated` holds all rows so far.
     """
-    rows: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(rows)
+    B = len(prompts) * sampling.get("num_samples", 1)
+    rows: list[list[int]] = [[] for _ in range(B)]
+    logprobs: list[list[float]] = [[] for _ in range(B)]
+    done = [False] * B
     n = 0
-    for n, tokens in enumerate(decode(model, prompts, max_new_tokens=max_new_tokens, **sampling), start=1):  # noqa: B007
+    for n, chosen in enumerate(decode(model, prompts, max_new_tokens=max_new_tokens, **sampling), start=1):  # noqa: B007
+        tokens, log_p = chosen if sampling.get("logprobs") else (chosen, None)
         for i, token in enumerate(tokens.tolist()):
             if not done[i]:
                 rows[i].append(token)
-                done[i] = token == eos_id
+                if log_p is not None:
+                    logprobs[i].append(log_p[i].item())
+                done[i] = token == eos_id or (stop is not None and stop(rows[i]))
         if all(done):
-            return rows
-    if n < max_new_tokens:
+            break
+    if n < max_new_tokens and not all(done):
         raise ContextFull(model.config.block_size, rows)
-    return rows
+    return (rows, logprobs) if sampling.get("logprobs") else rows
 
 
-class Decoder(Protocol):
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+class TextDecoder(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-def stream_text(tokenizer: Decoder, prompt: Sequence[int], new_ids: Iterable[int]) -> Iterator[str]:
+def stop_at(tokenizer: TextDecoder, strings: Sequence[str]) -> Callable[[list[int]], bool]:
+    """Whether the text of some ids contains one of the strings, which no proper prefix of the ids does: for `generate`,
+    which asks after every token."""
+    longest = max(len(s.encode()) for s in strings) + 8  # tokens that can hold them; a token is a byte at least
+
+    def stop(ids: list[int]) -> bool:
+        text = tokenizer.decode(ids[-longest:])
+        return any(s in text for s in strings)
+
+    return stop
+
+
+def stream_text(
+    tokenizer: TextDecoder, prompt: Sequence[int], new_ids: Iterable[int], stop: Sequence[str] = ()
+) -> Iterator[str]:
     """The text of new_ids as it grows, in pieces that joined give the text that follows the prompt's.
 
-    A token is decoded behind the tokens before it, because alone it would lose its leading space; a piece is held back
-    while it ends in half a character.
+    Args:
+        stop: the text ends before the first of these strings; what might become one is held back.
     """
+    held = ""
+    for piece in _pieces(tokenizer, prompt, new_ids):
+        held += piece
+        ends = [held.find(s) for s in stop if s in held]
+        if ends:
+            held = held[: min(ends)]
+            break
+        keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
+def _pieces(tokenizer: TextDecoder, prompt: Sequence[int], new_ids: Iterable[int]) -> Iterator[str]:
+    """A token is decoded behind the tokens before it, because alone it would lose its leading space; a piece is held
+    back while it ends in half a character."""
     ids, start = list(prompt), max(0, len(prompt) - 8)  # a few tokens of context give the spaces right
     said = tokenizer.decode(ids[start:]).rstrip("\ufffd")
     for new_id in new_ids:

@@ -27,3 +27,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared_data() -> Path:
     """The folder of real data beside the project; mark tests that use it `shared`."""
     return SHARED
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton's kernels run here: on a GPU, or in the interpreter."""
+    pytest.importorskip("triton", reason="these kernels need triton")
+    from triton import knobs
+    from triton.runtime import interpreter
+
+    if torch.cuda.is_available():
+        return
+    if not knobs.runtime.interpret:
+        pytest.skip("triton was imported without TRITON_INTERPRET=1")
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index(tensor, scope):
+        """Bounds of a loop are arrays of one element there, which numpy 2.4 no longer takes for an index."""
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index)

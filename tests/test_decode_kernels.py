@@ -18,24 +18,7 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).remove
 
 
 @pytest.fixture
-def decode(monkeypatch):
-    pytest.importorskip("triton", reason="the decoding kernels need triton")
-    from triton import knobs
-
-    if DEVICE.type == "cpu" and not knobs.runtime.interpret:
-        pytest.skip("triton was imported without TRITON_INTERPRET=1")
-    if DEVICE.type == "cpu":
-        from triton.runtime import interpreter
-
-        patch = interpreter._patch_lang_tensor
-
-        def patch_index(tensor, *scope):
-            """Bounds of a loop are arrays of one element there, which numpy 2.4 no longer takes for an index."""
-            patch(tensor, *scope)
-            index = lambda self: self.handle.data.item()  # noqa: E731
-            scope[0].set_attr(tensor, "__index__", index) if scope else setattr(tensor, "__index__", index)
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index)
+def decode(interpreted):
     from lit_gpt.kernels import decode
 
     return decode

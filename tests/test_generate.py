@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_gpt import Config
-from lit_gpt.generate import ContextFull, generate, probabilities, stream, stream_text
+from lit_gpt.generate import ContextFull, generate, penalise, probabilities, stop_at, stream, stream_text
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
 from tests.tiny import TINY, random_weights, run_script, write_lit_folder
@@ -48,19 +48,63 @@ def test_greedy_continuation_of_the_real_model(shared_data):
 
 
 @pytest.mark.parametrize(
-    "temperature, top_k, top_p",
-    [(1, None, 1), (0.7, None, 1), (1, 5, 1), (1, None, 0.6), (1.5, 40, 0.8), (0.5, 1, 0.1)],
+    "temperature, top_k, top_p, min_p",
+    [(1, None, 1, 0), (0.7, None, 1, 0), (1, 5, 1, 0), (1, None, 0.6, 0), (1.5, 40, 0.8, 0), (0.5, 1, 0.1, 0)]
+    + [(1, None, 1, 0.1), (2.0, 30, 0.9, 0.3)],
 )
-def test_probabilities_equal_transformers(temperature, top_k, top_p):
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+def test_probabilities_equal_transformers(temperature, top_k, top_p, min_p):
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(0)) * 3
     want = TemperatureLogitsWarper(float(temperature))(None, logits)
     want = TopKLogitsWarper(top_k)(None, want) if top_k else want
     want = TopPLogitsWarper(float(top_p))(None, want) if top_p < 1 else want
-    got = probabilities(logits, temperature, top_k, top_p)
+    want = MinPLogitsWarper(min_p)(None, want) if min_p else want
+    got = probabilities(logits, temperature, top_k, top_p, min_p)
     torch.testing.assert_close(got, want.softmax(-1))
-    assert ((got > 0).sum(-1) < 100).all() == (top_k is not None or top_p < 1)
+    assert ((got > 0).sum(-1) < 100).all() == (top_k is not None or top_p < 1 or min_p > 0)
+
+
+def test_repetition_penalty_equals_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, 2, 2], [7, 49, 0], [3, 3, 3]])
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter(1, ids, True)
+    want = RepetitionPenaltyLogitsProcessor(1.7)(ids, logits)
+    torch.testing.assert_close(penalise(logits, seen, 1.7), want)
+
+
+def test_a_repetition_penalty_counts_the_prompt_and_what_follows():
+    rows = generate(tiny(vocab_size=512), PROMPTS, 40, repetition_penalty=1e6)
+    for prompt, row in zip(PROMPTS, rows, strict=True):  # nothing ever comes twice, while something else is left
+        assert len({*row}) == 40 and not {*row} & {*prompt}
+
+
+def test_samples_of_a_prompt_read_it_once():
+    model = tiny()
+    want = [row for row in generate(model, PROMPTS, 12) for _ in range(3)]
+    assert generate(model, PROMPTS, 12, num_samples=3) == want
+    sampled = generate(model, PROMPTS, 12, num_samples=3, temperature=2.0)
+    assert len({tuple(row) for row in sampled}) == 9
+
+
+def test_log_probabilities_are_the_models_own():
+    model = tiny()
+    rows, logprobs = generate(model, PROMPTS, 10, temperature=0.5, top_k=3, logprobs=True)
+    for prompt, row, got in zip(PROMPTS, rows, logprobs, strict=True):
+        with torch.inference_mode():
+            want = model(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        torch.testing.assert_close(torch.tensor(got), want[range(10), row], rtol=1e-4, atol=1e-4)
+    pairs = list(stream(model, PROMPTS[0], 5, logprobs=True))
+    assert [i for i, _ in pairs] == list(stream(model, PROMPTS[0], 5)) and all(p < 0 for _, p in pairs)
+
+
+def test_two_streams_of_one_model_do_not_disturb_each_other():
+    model = tiny()
+    alone = [list(stream(model, prompt, 10)) for prompt in PROMPTS]
+    streams = [stream(model, prompt, 10) for prompt in PROMPTS]
+    assert list(map(list, zip(*[[next(s) for s in streams] for _ in range(10)], strict=True))) == alone
 
 
 def test_temperature_zero_is_the_largest():
@@ -126,6 +170,8 @@ def test_the_context_limit_keeps_what_was_generated():
         ([1], dict(temperature=-1.0), "temperature -1.0"),
         ([1], dict(top_k=0), "top_k 0"),
         ([1], dict(top_p=0.0), "top_p 0.0"),
+        ([1], dict(min_p=1.5), "min_p 1.5"),
+        ([1], dict(repetition_penalty=0.0), "repetition_penalty 0.0"),
         ([1], dict(max_new_tokens=0), "max_new_tokens 0"),
     ],
 )
@@ -154,6 +200,36 @@ def test_streamed_text_keeps_spaces_and_whole_characters(prompt, text):
 
 def test_half_a_character_at_the_end_is_shown_as_such():
     assert "".join(stream_text(Bytes(), list(b"x"), "é😀".encode()[:-1])) == "é\ufffd"
+
+
+@pytest.mark.parametrize(
+    "text, stop, want",
+    [
+        ("one. two. three", [". t"], "one"),
+        ("one. two", ["xyz", "\n"], "one. two"),
+        ("a\n\nb", ["\n\n", "b"], "a"),
+        ("ends in half a stop \n", ["\n\n"], "ends in half a stop \n"),
+        ("你好 and 😀!", ["😀"], "你好 and "),
+        ("aab", ["ab", "aab"], ""),
+    ],
+)
+def test_stop_strings(text, stop, want):
+    pieces = list(stream_text(Bytes(), [*b"x"], iter(text.encode()), stop))
+    assert "".join(pieces) == want
+    ids = list(text.encode())
+    stops = stop_at(Bytes(), stop)
+    ends = [n for n in range(1, len(ids) + 1) if stops(ids[:n])]
+    assert bool(ends) == (want != text)
+    if ends:
+        assert any(bytes(ids[: ends[0]]).endswith(s.encode()) for s in stop)
+
+
+def test_a_stop_ends_a_row_of_a_batch():
+    model = tiny()
+    free = generate(model, PROMPTS, 20)
+    cut = generate(model, PROMPTS, 20, stop=lambda ids: ids[-1] == free[1][4])
+    want = [row[: row.index(free[1][4]) + 1] if free[1][4] in row else row for row in free]
+    assert cut == want != free
 
 
 @pytest.mark.shared

@@ -1,0 +1,112 @@
+"""A cache equals no cache, whatever the cut into prompt, chunks and steps; on a GPU graphs and fused kernels, too."""
+
+import copy
+
+import pytest
+import torch
+
+from lit_gpt import Config, decoder
+from lit_gpt.decoder import Decoder, borrow
+from lit_gpt.int8 import Int8Linear, quantize_int8
+from lit_gpt.kernels import select_kernels
+from lit_gpt.model import GPT
+from lit_gpt.pretrained import Pretrained, load_model
+from tests.tiny import TINY, random_weights
+
+LENGTHS = (1, 17, 6)
+
+
+def tiny(device: str = "cpu", dtype: torch.dtype = torch.float32, **overrides) -> GPT:
+    config = Config(**{**TINY, **overrides})
+    kernels = select_kernels("auto", device=torch.device(device), dtype=dtype, heads=(4, 2, 16))
+    return load_model(Pretrained(None, config, random_weights(config)), kernels, device, dtype)
+
+
+def tokens(model: GPT) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(512, (3, 40), generator=generator).to(model.lm_head.weight.device)
+
+
+def through_cache(decoder: Decoder, idx: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:
+    """Logits of each row from its prompt's last token on, after as many steps as cuts, of cuts tokens each."""
+    parts = [decoder.prefill([row[:n].tolist() for row, n in zip(idx, LENGTHS, strict=True)])[:, None].clone()]
+    position = torch.tensor(LENGTHS, device=idx.device)
+    for T in cuts:
+        where = position[:, None] + torch.arange(T, device=idx.device)
+        parts.append(decoder.step(idx.gather(1, where), position).clone())
+        position = position + T
+    return list(torch.cat(parts, 1))
+
+
+def without_cache(model: GPT, idx: torch.Tensor, n: int) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        logits = model(idx)
+    return [
+        row[length - 1 : length + n, : model.config.vocab_size] for row, length in zip(logits, LENGTHS, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("cuts", [[1] * 8, [8], [3, 1, 4]], ids=str)
+@pytest.mark.parametrize("chunk", [None, 4], ids=["whole prompts", "prompts in chunks"])
+@pytest.mark.parametrize(
+    "overrides", [{}, dict(family="gptneox", rotary_percentage=0.25), dict(vocab_size=500)], ids=str
+)
+def test_cache_equals_no_cache(monkeypatch, overrides, chunk, cuts):
+    if chunk:
+        monkeypatch.setattr(decoder, "PREFILL_TOKENS", 3 * chunk)
+    model = tiny(**overrides)
+    idx = tokens(model) % model.config.vocab_size
+    for got, want in zip(through_cache(Decoder(model, 3, 30), idx, cuts), without_cache(model, idx, 8), strict=True):
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_fused_kernels_and_int8_equal_the_forward(decode_kernels):
+    for model in (tiny(vocab_size=64), quantize_int8(tiny(vocab_size=64))):
+        plain, fused = Decoder(model, 3, 30), Decoder(model, 3, 30)
+        fused._fused = decode_kernels
+        idx = tokens(model) % 64
+        for cuts in ([1], [3]):
+            both = zip(through_cache(fused, idx, cuts), through_cache(plain, idx, cuts), strict=True)
+            for got, want in both:
+                assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.fixture
+def decode_kernels(interpreted):
+    from lit_gpt.kernels import decode
+
+    return decode
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=["fp32", "bf16"])
+def test_graphs_equal_no_cache(dtype, tolerance):
+    model = tiny("cuda", dtype)
+    idx = tokens(model)
+    d = Decoder(model, 3, 30)
+    for cuts in ([1] * 8, [8], [3, 1, 4], [1] * 8):  # the last with graphs that are there
+        for got, want in zip(through_cache(d, idx, cuts), without_cache(model, idx, 8), strict=True):
+            assert (got.float() - want.float()).abs().max() <= tolerance * want.abs().max()
+
+
+def test_int8_rounds_each_row_to_its_own_scale():
+    model = tiny()
+    quantized = quantize_int8(copy.deepcopy(model))
+    layer, was = quantized.transformer.h[0].mlp.proj, model.transformer.h[0].mlp.proj.weight
+    assert type(layer) is Int8Linear and layer.weight.dtype == torch.int8
+    error = (layer.weight * layer.scale[:, None] - was).abs()
+    assert (error <= 0.5001 * was.abs().amax(1, keepdim=True) / 127).all()  # half a step of each row
+    with torch.inference_mode():
+        a, b = model(tokens(model)), quantized(tokens(model))
+    assert 0 < (a - b).norm() / a.norm() < 0.08
+
+
+def test_int8_of_tied_weights_leaves_the_embedding():
+    model = quantize_int8(tiny(tie_embeddings=True))
+    assert model.transformer.wte.weight.dtype == torch.float32 and type(model.lm_head) is Int8Linear
+
+
+def test_borrowed_decoders_are_not_shared():
+    model = tiny()
+    with borrow(model, 1, 10) as a, borrow(model, 1, 10) as b:
+        assert a is not b
