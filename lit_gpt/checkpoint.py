@@ -1,80 +1,259 @@
 """Checkpoints of a training run: complete, atomic, and independent of the number of GPUs.
 
-    out/<run>/step-00005000/meta.json      step, tokens, configuration, loader position, the files below and their sizes
+    out/<run>/step-00005000/meta.json      step, tokens, configuration, loader position, the files below, checksums
     out/<run>/step-00005000/.metadata      torch.distributed.checkpoint: which tensor is where
     out/<run>/step-00005000/__0_0.distcp   one file a rank: model (fp32), optimizer, RNG
 
 A checkpoint is written under a temporary name and renamed when all of it is on the disk, so a folder that is called
 step-N is whole or was damaged later; `check` tells which. The tensors are stored by name and global shape: any number
-of ranks can load what any other number saved.
+of ranks can load what any other number saved, however it shards its weights.
+
+    checkpoints = Checkpointer(run_dir, keep=3, permanent_every=50_000)
+    checkpoints.save(step, model, optimizer, meta)      # copies to host memory; a thread writes while training goes on
+    checkpoints.close()                                 # waits for the last one
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import threading
+import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from lit_gpt.config import Config
+from lit_gpt.optim import init_adam
+from lit_gpt.sharding import ShardedWeights
+from lit_gpt.shards import file_checksum
 
 META = "meta.json"
 # torch's remark that one process saves alone; it is what we asked for.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
-def save(run_dir: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, meta: dict) -> Path:
+class Checkpointer:
+    """Saves a run's checkpoints in the background and deletes old ones. Made, and called, by all ranks together.
+
+    `save` copies the tensors to host memory (pinned, kept for the next time) and returns. A failed write, a full disk
+    say, harms neither the run nor earlier checkpoints: it is reported, and training may go on.
+
+    Args:
+        keep, permanent_every: see `prune`.
+        report: gets a line for each checkpoint that was written, or was not; called on rank 0.
+    """
+
+    def __init__(
+        self, run_dir: Path, keep: int = 0, permanent_every: int = 0, report: Callable[[str], None] = print
+    ) -> None:
+        self.run_dir, self.keep, self.permanent_every, self.report = run_dir, keep, permanent_every, report
+        # Of its own, so that the thread's messages never meet the training's.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.staged: dict[str, Any] | None = None
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        if is_rank_zero():
+            for unfinished in run_dir.glob("step-*.tmp"):  # of a run that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def reserve(self, weights: Any, optimizer: torch.optim.AdamW) -> None:
+        """Pin the host memory for the first save, in the background: it takes seconds."""
+        init_adam(optimizer)
+        state = tensors(weights, optimizer)
+        self.thread = threading.Thread(target=lambda: self._stage(state, copy=False), name="pin")
+        self.thread.start()
+
+    def save(self, step: int, weights: Any, optimizer: torch.optim.Optimizer, meta: dict) -> float:
+        """Save as step-{step:08d}, in the background; waits first for the checkpoint before, if it is not yet written.
+
+        Returns: the seconds for which it held up training.
+        """
+        t0 = time.perf_counter()
+        self.wait()
+        self._stage(tensors(weights, optimizer), copy=True)
+        held_up_s = time.perf_counter() - t0
+        self.thread = threading.Thread(target=self._write, args=(step, meta, held_up_s), name="checkpoint")
+        self.thread.start()
+        return held_up_s
+
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def close(self) -> None:
+        """Wait for the last checkpoint. Raises: OSError if it could not be written."""
+        self.wait()
+        if self.error is not None:
+            raise self.error
+
+    def _stage(self, state: dict, copy: bool) -> None:
+        if self.staged is None:
+            self.staged = host_buffers(state)
+        if copy:
+            for (_, source), (_, target) in zip(leaves(state), leaves(self.staged), strict=True):
+                local(target).copy_(local(source), non_blocking=True)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
+    def _write(self, step: int, meta: dict, held_up_s: float) -> None:
+        t0 = time.perf_counter()
+        try:
+            path = write(self.run_dir, step, self.staged, meta, self.group)
+            if is_rank_zero():
+                prune(self.run_dir, self.keep, self.permanent_every)
+                self.report(
+                    f"step {step}: saved {path}; training waited {held_up_s:.2f} s, writing took "
+                    f"{time.perf_counter() - t0:.1f} s"
+                )
+            self.error = None
+        except (OSError, ValueError) as e:
+            self.error = e
+            if is_rank_zero():
+                older = steps(self.run_dir)
+                self.report(
+                    f"step {step}: NOT saved: {e}. Training goes on; the newest checkpoint is "
+                    f"{older[-1].name if older else 'none'}"
+                )
+
+
+def save(run_dir: Path, step: int, weights: Any, optimizer: torch.optim.Optimizer, meta: dict) -> Path:
     """Write run_dir/step-{step:08d}. Called by all ranks; returns when the checkpoint is whole and has its name.
 
     Args:
+        weights: a module, or lit_gpt.sharding's ShardedWeights.
         meta: whatever else a resume needs, as JSON; "config" must be Config.to_dict() so that the checkpoint describes
             itself.
 
     Raises:
-        OSError: (or torch's CheckpointException around it) the disk is full or read-only; earlier checkpoints are
-            untouched and the temporary folder is left to the next save to clear.
+        OSError: the disk is full or read-only; earlier checkpoints are untouched and nothing half-written is left.
     """
+    return write(run_dir, step, tensors(weights, optimizer), meta, None)
+
+
+def write(run_dir: Path, step: int, state: dict, meta: dict, group: dist.ProcessGroup | None) -> Path:
+    """`save` for tensors that are already out of the optimizer's reach."""
     final = run_dir / f"step-{step:08d}"
     temporary = final.with_name(final.name + ".tmp")
-    if is_rank_zero():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    dcp.save(_tensors(model, optimizer), checkpoint_id=temporary, no_dist=not dist.is_initialized())
-    if is_rank_zero():
-        files = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
+    try:
+        together(lambda: _begin(temporary, state), group, on_rank_zero=True)
+        try:
+            dcp.save(
+                state,
+                storage_writer=dcp.FileSystemWriter(temporary),
+                process_group=group,
+                no_dist=not dist.is_initialized(),
+            )
+        except CheckpointException as e:  # every rank gets it; it wraps what happened on some of them
+            raise OSError(f"{temporary}: {next(iter(e.failures.values()))[0]}") from e
+        mine = f"__{dist.get_rank() if dist.is_initialized() else 0}_"
+        files = together(
+            lambda: {
+                f.name: {"bytes": f.stat().st_size, "xxh3_64": file_checksum(f)}
+                for f in sorted(temporary.iterdir())
+                if f.name.startswith(mine) or (is_rank_zero() and not f.name.startswith("__"))
+            },
+            group,
+        )
         meta = {"step": step, **meta, "commit": git_commit(), "torch": torch.__version__, "files": files}
-        (temporary / META).write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(final, ignore_errors=True)  # the same step saved twice, e.g. after a resume
-        temporary.rename(final)
-    barrier()
+        together(lambda: _finish(temporary, final, meta), group, on_rank_zero=True)
+    except OSError:
+        if is_rank_zero():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
-def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore model, optimizer and RNG in place and return the meta of `save`.
+def _begin(temporary: Path, state: dict) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    needed = sum(t.numel() * t.element_size() for _, t in leaves(state))
+    free = shutil.disk_usage(temporary).free
+    if needed > free:
+        raise OSError(
+            f"{temporary.parent}: the checkpoint needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+        )
+
+
+def _finish(temporary: Path, final: Path, meta: dict) -> None:
+    with (temporary / META).open("w") as f:
+        f.write(json.dumps(meta, indent=1))
+        f.flush()
+        os.fsync(f.fileno())
+    if final.exists():  # the same step once more, after a resume from an earlier one
+        old = final.with_name(final.name + ".old.tmp")
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(final)
+
+
+def together(action: Callable[[], Any], group: dist.ProcessGroup | None, on_rank_zero: bool = False) -> Any:
+    """Run `action` on all ranks, or on rank 0, and merge the dictionaries that it returns. If it fails on one it fails
+    on all, so that none waits for another that has given up.
+
+    Raises: OSError.
+    """
+    result, problem = {}, None
+    try:
+        if not on_rank_zero or is_rank_zero():
+            result = action() or {}
+    except OSError as e:
+        problem = str(e)
+    everyones = [(result, problem)]
+    if dist.is_initialized():
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, (result, problem), group=group)
+    for _, problem in everyones:
+        if problem:
+            raise OSError(problem)
+    return {k: v for result, _ in everyones for k, v in result.items()}
+
+
+def load(step_dir: Path, weights: Any, optimizer: torch.optim.Optimizer) -> dict:
+    """Restore model, optimizer and RNG in place and return the meta of `save`. The files' checksums are compared first.
 
     Raises:
         ValueError: the checkpoint is not whole, or is of another model.
     """
     meta = check(step_dir)
-    state = _tensors(model, optimizer)
-    dcp.load(state, checkpoint_id=step_dir, no_dist=not dist.is_initialized())
-    set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])
+    verify(step_dir, meta)
+    if isinstance(optimizer, torch.optim.AdamW):
+        init_adam(optimizer)
+    state = tensors(weights, optimizer)
+    try:
+        dcp.load(state, checkpoint_id=step_dir, no_dist=not dist.is_initialized())
+    except CheckpointException as e:
+        raise ValueError(f"{step_dir} cannot be loaded: {next(iter(e.failures.values()))[0]}") from e
     torch.set_rng_state(state["rng"])
+    if isinstance(weights, ShardedWeights):
+        weights.stale = True
     return meta
+
+
+def verify(step_dir: Path, meta: dict) -> None:
+    """Compare the files with their checksums, each rank its share of them. Raises: ValueError on all ranks."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def compare() -> None:
+        for name, file in list(sorted(meta["files"].items()))[rank::world_size]:
+            if isinstance(file, dict) and file_checksum(step_dir / name) != file["xxh3_64"]:
+                raise OSError(f"{step_dir / name} was damaged: its checksum is not the one in {META}{_other(step_dir)}")
+
+    try:
+        together(compare, None)
+    except OSError as e:
+        raise ValueError(str(e)) from e
 
 
 def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
@@ -98,15 +277,19 @@ def check(step_dir: Path) -> dict:
     """
     try:
         meta = json.loads((step_dir / META).read_text())
-        for name, size in meta["files"].items():
+        for name, file in meta["files"].items():
+            size = file["bytes"] if isinstance(file, dict) else file  # the first checkpoints had no checksums
             actual = (step_dir / name).stat().st_size
             if actual != size:
                 raise ValueError(f"{name} has {actual:,} bytes instead of {size:,}")
     except (OSError, ValueError, KeyError) as e:
-        others = [d for d in steps(step_dir.parent) if d != step_dir]
-        hint = f" Another checkpoint of this run: {others[-1]}" if others else ""
-        raise ValueError(f"{step_dir} is not a complete checkpoint: {e}.{hint}") from e
+        raise ValueError(f"{step_dir} is not a complete checkpoint: {e}{_other(step_dir)}") from e
     return meta
+
+
+def _other(step_dir: Path) -> str:
+    others = [d for d in steps(step_dir.parent) if d != step_dir]
+    return f". Another checkpoint of this run: {others[-1]}" if others else ""
 
 
 def config(step_dir: Path) -> Config:
@@ -129,21 +312,60 @@ def prune(run_dir: Path, keep: int, permanent_every: int) -> None:
             shutil.rmtree(old)
 
 
-def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def tensors(weights: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds, by name: views of parameters and optimizer state (DTensors where they are sharded)."""
+    names = dict(weights.named_parameters())
     return {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "model": {name: p.detach() for name, p in weights.named_parameters(remove_duplicate=False)},
+        "optimizer": {"state": {name: optimizer.state[p] for name, p in names.items() if optimizer.state.get(p)}},
         "rng": torch.get_rng_state(),
     }
 
 
+def leaves(state: dict, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def host_buffers(state: dict) -> dict:
+    """The same tensors in host memory, values not yet; in one block, pinned where there is a GPU, so that copies run at
+    the bus's speed and torch's pinned allocator does not round each up to a power of two."""
+    sizes = [local(t).numel() * t.element_size() for _, t in leaves(state)]
+    offsets, total = [], 0
+    for size in sizes:
+        offsets.append(total)
+        total += -(-size // 16) * 16
+    block = torch.zeros(total, dtype=torch.uint8)
+    if torch.cuda.is_available():
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), total, 0))
+    places = iter(zip(offsets, sizes, strict=True))
+
+    def place(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: place(v) for key, v in value.items()}
+        offset, size = next(places)
+        host = block[offset : offset + size].view(value.dtype).view(local(value).shape)
+        # Its placement on the mesh goes into the checkpoint; that the mesh is of GPUs does not matter there.
+        return DTensor(host, value._spec, requires_grad=False) if isinstance(value, DTensor) else host
+
+    return place(state)
+
+
+# --- processes and commits -------------------------------------------------------------------------------------------
+
+
 def is_rank_zero() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def git_commit() -> str:

@@ -21,11 +21,19 @@ FIELDS = (
 class Metrics:
     """Rows of run_dir/metrics.csv, mirrored to the loggers that were asked for. Use it on rank 0 alone."""
 
-    def __init__(self, run_dir: Path, resume_step: int, logger: str = "csv", hparams: dict | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int,
+        logger: str = "csv",
+        hparams: dict | None = None,
+        more_fields: tuple[str, ...] = (),
+    ) -> None:
         """
         Args:
             resume_step: rows of later steps, which the run is about to repeat, are dropped. 0 starts a new file.
             logger: "csv", "wandb" or "tensorboard"; the file is written in every case.
+            more_fields: columns beyond FIELDS, of this run.
         """
         self.path = run_dir / "metrics.csv"
         rows = []
@@ -33,7 +41,7 @@ class Metrics:
             with self.path.open(newline="") as f:
                 rows = [row for row in csv.DictReader(f) if int(row["step"]) <= resume_step]
         self._file = self.path.open("w", newline="")
-        self._csv = csv.DictWriter(self._file, FIELDS)
+        self._csv = csv.DictWriter(self._file, (*FIELDS, *more_fields), extrasaction="ignore")
         self._csv.writeheader()
         self._csv.writerows(rows)
         self._wandb = self._tensorboard = None

@@ -53,13 +53,13 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 CARDS = {"RTX 3090/4090": 24e9, "A100-40G": 42e9, "A100-80G": 84e9, "H100": 84e9}
 
 
-def memory_plan(config: Config, n_tokens: int, recompute: bool = False) -> dict[str, float]:
+def memory_plan(config: Config, n_tokens: int, recompute: bool = False, sharers: int = 1) -> dict[str, float]:
     """Bytes that one GPU holds at the peak of a bf16 step over n_tokens, with the fused kernels, by what they are for.
 
-    fp32 parameters, gradients and two moments are 16 bytes a parameter, the bf16 copy of the matrices 2 more. Kept for
-    the backward are, in bf16 and per token and layer: the residual stream and its norm, twice; q, k, v; attention's
-    output; gate and up. Then what lives for a moment: the chunk of logits and the gradient of the head while the loss
-    is computed, or a block's gradients in the backward.
+    fp32 parameters, gradients and two moments are 16 bytes a parameter, the bf16 copy of the matrices 2 more; `sharers`
+    GPUs divide parameters and moments among them. Kept for the backward are, in bf16 and per token and layer: the
+    residual stream and its norm, twice; q, k, v; attention's output; gate and up. Then what lives for a moment: the
+    chunk of logits and the gradient of the head while the loss is computed, or a block's gradients in the backward.
     """
     c = config
     mlp = (3 if c.family == "llama" else 2) * c.n_embd * c.intermediate_size
@@ -73,10 +73,10 @@ def memory_plan(config: Config, n_tokens: int, recompute: bool = False) -> dict[
     loss = 2 * min(n_tokens, 8192) * c.padded_vocab_size + 4 * vocabulary + 2 * n_tokens * c.n_embd
     backward = 2 * n_tokens * (4 * c.intermediate_size + 2 * c.n_embd) + 4 * vocabulary
     return {
-        "parameters, fp32": 4 * n,
+        "parameters, fp32": 4 * n / sharers,
         "parameters, bf16": 2 * n,
         "gradients, fp32": 4 * n,
-        "Adam's moments, fp32": 8 * n,
+        "Adam's moments, fp32": 8 * n / sharers,
         "activations": c.n_layer * stream + layer if recompute else c.n_layer * layer,
         "temporary": max(loss, backward),
     }

@@ -14,28 +14,35 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from lit_gpt import checkpoint
+from lit_gpt import checkpoint, cluster
+from lit_gpt.checkpoint import Checkpointer
 from lit_gpt.cli import one_line_errors, parse
 from lit_gpt.config import Config
 from lit_gpt.hf import check_weights
 from lit_gpt.kernels import IGNORE_INDEX, select_kernels
 from lit_gpt.metrics import Metrics, plot_loss
 from lit_gpt.model import GPT
-from lit_gpt.optim import clip_and_step, lr_at, param_groups
+from lit_gpt.optim import SpikeGuard, clip_and_step, lr_at, param_groups
 from lit_gpt.packed_dataset import DocumentBatch, PackedDataset, PackedLoader, ValidationSet
 from lit_gpt.pretrained import open_pretrained
-from lit_gpt.speed_monitor import flops_per_token, peak_flops
+from lit_gpt.sharding import ShardedWeights
+from lit_gpt.speed_monitor import flops_per_token, memory_plan, peak_flops
 from lit_gpt.tokenizer import Tokenizer
 
 
@@ -50,7 +57,7 @@ class TrainArgs:
     train_mix: dict[str, float] = field(default_factory=lambda: {"train_slim": 0.693584, "train_star": 0.306416})
     """Prefix of shards -> its share of the training sequences."""
     val_prefixes: list[str] = field(default_factory=lambda: ["validation"])
-    """Prefixes of the validation shards."""
+    """Prefixes of the validation shards; each is a set whose loss is also reported apart."""
     exhaustion: Literal["repeat", "stop", "renormalise"] = "repeat"
     """When a source has been read source_epochs times: repeat it for ever, stop the run, or go on with the others."""
     source_epochs: float | dict[str, float] | None = None
@@ -106,6 +113,8 @@ class TrainArgs:
     """Largest norm of the whole gradient."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a step whose loss or gradient is not finite: end the run, or drop that step and go on."""
+    spike: Literal["off", "stop", "skip"] = "off"
+    """The same for a step whose loss or gradient norm is 6 standard deviations above those of the last 128 steps."""
 
     devices: int | str = "auto"
     """Devices of this node; auto is all GPUs, or the CPU."""
@@ -113,6 +122,11 @@ class TrainArgs:
     """Nodes, each started with the same command by your launcher."""
     accelerator: str = "auto"
     """auto, cpu, cuda or mps."""
+    sharding: Literal["auto", "ddp", "optimizer", "fsdp"] = "auto"
+    """What devices share: nothing, the optimizer's state with the fp32 weights, or everything, weights gathered layer
+    by layer (FSDP2). auto: the optimizer if the rest fits each device, else fsdp."""
+    shard_devices: int | None = None
+    """How many devices share one copy; others repeat it. Default: optimizer those of a node, fsdp all."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 computes in bfloat16 over fp32 weights; auto is bf16 on a GPU that has it, else fp32."""
     kernels: str = "auto"
@@ -135,15 +149,19 @@ class TrainArgs:
     eval_interval: int = 1000
     """Steps between two validations; there is one at the end, too."""
     eval_sequences: int | None = 4096
-    """Validate on at most this many sequences, the same ones each time."""
+    """Validate on at most this many sequences of each set, the same ones each time."""
     save_interval: int = 1000
     """Steps between two checkpoints; there is one at the end, too."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep; 0 keeps all."""
     permanent_interval: int = 50_000
     """Checkpoints of these steps are never deleted."""
+    requeue_exit_code: int = 0
+    """Exit code after a signal has ended the run early and all is saved; a job script can requeue upon it."""
     logger: Literal["csv", "wandb", "tensorboard"] = "csv"
     """metrics.csv is written in any case."""
+    profile_step: int | None = None
+    """Write a trace of this step to the run's folder, for chrome://tracing or ui.perfetto.dev."""
 
     def accumulation(self, block_size: int, world_size: int) -> int:
         """Micro-batches of each device in one optimizer step."""
@@ -182,10 +200,20 @@ class TrainArgs:
             raise ValueError("; ".join(problems))
 
 
-def main(args: TrainArgs) -> None:
-    fabric = launch(args)
-    run_dir = args.out_dir / args.name
+def main(args: TrainArgs) -> int:
+    """Returns the exit code."""
     config = Config.from_name(args.model, **args.model_overrides)
+    fabric = launch(args, config)
+    environment = getattr(fabric.strategy, "cluster_environment", None)
+    address = (environment.main_address, environment.main_port) if fabric.world_size > 1 else ("", 0)
+    with cluster.Watch(fabric.global_rank, fabric.world_size, *address) as watch:
+        interrupted = setup(fabric, args, config, watch)
+    return args.requeue_exit_code if interrupted else 0
+
+
+def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch) -> bool:
+    """Everything up to the first step, and then `train`. Returns whether a signal ended it early."""
+    run_dir = args.out_dir / args.name
     resume_from = find_checkpoint(args, run_dir)
 
     # Data first: what is wrong with it shows before minutes go into the model.
@@ -198,12 +226,13 @@ def main(args: TrainArgs) -> None:
     order = dict(seed=args.seed, exhaustion=args.exhaustion, max_epochs=args.source_epochs)
     dataset = PackedDataset(args.train_data_dir, args.train_mix, **order, **what)
     loader = PackedLoader(dataset, args.micro_batch_size, fabric.global_rank, fabric.world_size, args.num_workers)
-    val_set = None
-    if args.val_data_dir is not None:
-        val_set = ValidationSet(args.val_data_dir, args.val_prefixes, max_sequences=args.eval_sequences, **what)
+    val_sets = {}
+    for prefix in args.val_prefixes if args.val_data_dir is not None else []:
+        val_set = ValidationSet(args.val_data_dir, [prefix], max_sequences=args.eval_sequences, **what)
         for fact in ("tokenizer", "delimiters"):
             if getattr(val_set, fact) != getattr(dataset, fact):
                 raise ValueError(f"{args.val_data_dir} was made with another {fact} than {args.train_data_dir}")
+        val_sets[prefix] = val_set
     max_steps = args.steps(sum(stream.tokens for stream in dataset.streams.values()))
     args.check(config.block_size, fabric.world_size, max_steps)
     tokenizer = args.tokenizer_path and Tokenizer(args.tokenizer_path)
@@ -214,11 +243,11 @@ def main(args: TrainArgs) -> None:
     fabric.print(dataset.table())
 
     # The model, real from the start and the same at any world size; then sharded, if there is more than one device.
-    bf16 = args.precision == "bf16"
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     kernels = select_kernels(
         args.kernels,
         device=fabric.device,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=dtype,
         heads=(config.n_head, config.n_query_groups, config.head_size),
     )
     with fabric.device:
@@ -234,31 +263,38 @@ def main(args: TrainArgs) -> None:
         model.init_weights(args.seed)
     n_parameters = sum(p.numel() for p in model.parameters())
     model.recompute = args.recompute
-    if bf16 and fabric.world_size == 1:  # FSDP casts what it gathers
-        model.compute_in(torch.bfloat16)
     if kernels.compile_blocks:
         for block in model.transformer.h:
             block.compile()
+    weights = model  # what the optimizer steps and checkpoints hold
+    if fabric.world_size > 1 and args.sharding != "fsdp":
+        weights = ShardedWeights(model, dtype, fabric.strategy.device_mesh)
+    elif dtype == torch.bfloat16 and fabric.world_size == 1:  # FSDP casts what it gathers
+        model.compute_in(dtype)
     model = fabric.setup_module(model)
-    groups = param_groups(model, args.weight_decay)
+    groups = param_groups(weights, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), fused=True)
 
     # Resume: everything that the next step depends on is in the checkpoint.
-    step = 0
+    step, guard = 0, SpikeGuard()
     if resume_from is not None:
         meta = checkpoint.check(resume_from)
         refuse_other_model(resume_from, Config(**meta["config"]), config)
-        checkpoint.load(resume_from, model.module, optimizer)
+        t0 = time.perf_counter()
+        checkpoint.load(resume_from, weights, optimizer)
         loader.load_state_dict(meta["loader"], args.resume_mix)
-        step = meta["step"]
-        fabric.print(f"resumed model, optimizer, RNG and data position from {resume_from}")
+        step, guard = meta["step"], SpikeGuard(meta.get("spike_guard"))
+        fabric.print(
+            f"resumed model, optimizer, RNG and data position from {resume_from} in {time.perf_counter() - t0:.1f} s"
+        )
         for flag, was in meta["args"].items():
             now = as_json(args).get(flag)
             if was != now and flag != "resume":
                 fabric.print(f"  --{flag} was {was} and is now {now}")
 
     fabric.print(
-        f"{config.name}: {n_parameters:,} parameters on {fabric.world_size} x {fabric.device.type}, {args.precision}\n"
+        f"{config.name}: {n_parameters:,} parameters on {fabric.world_size} x {fabric.device.type}, {args.precision}"
+        f"{sharing(args, fabric)}\n"
         f"{kernels.table()}\n"
         f"batch: {args.global_batch_tokens:,} tokens = {config.block_size} tokens x {args.micro_batch_size} sequences "
         f"x {args.accumulation(config.block_size, fabric.world_size)} micro-batches x {fabric.world_size} device(s)\n"
@@ -270,51 +306,68 @@ def main(args: TrainArgs) -> None:
             (run_dir / "tokenizer").mkdir(exist_ok=True)
             shutil.copy(tokenizer.path, run_dir / "tokenizer")
         (run_dir / "args.json").write_text(json.dumps({"args": as_json(args), "model": config.to_dict()}, indent=1))
-    train(fabric, args, model, optimizer, loader, val_set, step, max_steps, run_dir)
+    return train(fabric, args, model, weights, optimizer, loader, val_sets, guard, step, max_steps, run_dir, watch)
 
 
 def train(
     fabric: Fabric,
     args: TrainArgs,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    weights: torch.nn.Module | ShardedWeights,
+    optimizer: torch.optim.AdamW,
     loader: PackedLoader,
-    val_set: ValidationSet | None,
+    val_sets: dict[str, ValidationSet],
+    guard: SpikeGuard,
     step: int,
     max_steps: int,
     run_dir: Path,
-) -> None:
+    watch: cluster.Watch,
+) -> bool:
     config, world_size = model.module.config, fabric.world_size
     accumulation = args.accumulation(config.block_size, world_size)
     last_step = min(max_steps, args.stop_at_step or max_steps)
     if (end := loader.dataset.end) is not None:  # in sequences; the last batch may be smaller
         last_step = min(last_step, math.ceil(end / (args.global_batch_tokens // config.block_size)))
+    fsdp = world_size > 1 and args.sharding == "fsdp"
     peak = peak_flops(fabric.device, "bf16" if args.precision == "bf16" else "tf32")
-    metrics = Metrics(run_dir, step, args.logger, as_json(args)) if fabric.is_global_zero else None
-    interrupt = Interrupt()
+    columns = tuple(f"{column}/{name}" for name in list(val_sets)[1:] for column in ("val_loss", "val_bits_per_byte"))
+    metrics = Metrics(run_dir, step, args.logger, as_json(args), columns) if fabric.is_global_zero else None
+    checkpoints = Checkpointer(run_dir, args.keep_checkpoints, args.permanent_interval, report)
+    checkpoints.reserve(weights, optimizer)
+    interrupt, interrupted, profiler = Interrupt(), False, None
     batches = iter(loader)
     t0, tokens_since, data_wait_s = time.perf_counter(), 0, 0.0
+    next_picture = time.monotonic() + 60
     model.train()
 
-    while step < last_step:
+    while step < last_step and not interrupted:
+        if step + 1 == args.profile_step:
+            profiler = torch.profiler.profile()
+            profiler.start()
+
         # Fetch the whole step, so that its valid targets are known before the first backward.
+        watch.doing("waiting for data", step)
         t_fetch = time.perf_counter()
         first_sequence = loader.sequences
         micro_batches = list(itertools.islice(batches, accumulation))  # fewer where the data end
         data_wait_s += time.perf_counter() - t_fetch
+        watch.doing("computing", step)
         n_valid = sum((targets_of(batch) != IGNORE_INDEX).sum() for batch in micro_batches).to(fabric.device)
-        n_valid = fabric.all_reduce(n_valid, reduce_op="sum")
+        sum_over_ranks(n_valid)
 
         # Forward and backward. The gradient is that of the sum over all ranks' targets, divided once by their number;
         # FSDP averages gradients over ranks, hence x world_size.
+        scale = (world_size if fsdp else 1) / n_valid
         loss_sum = torch.zeros((), device=fabric.device)
         for i, batch in enumerate(micro_batches):
-            with fabric.no_backward_sync(model, enabled=i < len(micro_batches) - 1):
+            with fabric.no_backward_sync(model, enabled=i < len(micro_batches) - 1) if fsdp else nullcontext():
                 loss = forward(model, fabric.to_device(batch))
-                fabric.backward(loss * (world_size / n_valid))
+                fabric.backward(loss * scale)
             loss_sum += loss.detach()
+        if isinstance(weights, ShardedWeights):
+            weights.reduce_gradients()
 
-        # Clip and step. A gradient that is not finite, the same on all ranks, changes nothing.
+        # Clip and step. A loss or gradient that is not finite or a spike, the same on all ranks, changes nothing.
         lr = lr_at(
             step,
             max_steps=max_steps,
@@ -326,26 +379,36 @@ def train(
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = clip_and_step(optimizer, args.grad_clip)
+        sums = sum_over_ranks(torch.stack((loss_sum, torch.tensor(float(interrupt.requested), device=fabric.device))))
+        limits = guard.limits() if args.spike != "off" else (math.inf, math.inf)
+        norm = clip_and_step(optimizer, args.grad_clip, sums[0] / n_valid, limits)
 
         # The one wait for the device in an optimizer step: loss, norm, and whether any rank was asked to stop.
-        asked = torch.tensor(float(interrupt.requested), device=fabric.device)
-        loss_sum, asked = fabric.all_reduce(torch.stack((loss_sum, asked)), reduce_op="sum").tolist()
-        loss, grad_norm, interrupted = loss_sum / n_valid.item(), grad_norm.item(), asked > 0
-        if not math.isfinite(grad_norm):
-            where = (
+        loss_sum, asked, grad_norm, left_out = torch.stack((*sums, norm, optimizer.found_inf)).tolist()
+        loss, interrupted = loss_sum / n_valid.item(), asked > 0
+        if left_out:
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            flag, policy = ("spike", args.spike) if finite else ("nonfinite", args.nonfinite)
+            what = (
                 f"step {step + 1} (global sequences {first_sequence:,} to {loader.sequences:,}, "
-                f"from {loader.dataset.describe(first_sequence)})"
+                f"from {loader.dataset.describe(first_sequence)}): loss {loss}, gradient norm {grad_norm}"
+                + (f", above the limits of {limits[0]:.3f} and {limits[1]:.3f}" if finite else "")
             )
-            if args.nonfinite == "stop":
+            if policy == "stop":
                 raise ValueError(
-                    f"{where}: loss {loss}, gradient norm {grad_norm}. Nothing was updated or saved; resume from the "
-                    f"last checkpoint, with --nonfinite skip to leave this step out"
+                    f"{what}. Nothing was updated or saved; resume from the last checkpoint, with --{flag} skip to "
+                    f"leave this step out"
                 )
-            fabric.print(f"{where}: loss {loss}, gradient norm {grad_norm}: skipped")
+            fabric.print(f"{what}: skipped")
+        else:
+            guard.add(loss, grad_norm)
         optimizer.zero_grad()
         step += 1
         tokens_since += args.global_batch_tokens
+        if profiler:
+            profiler.stop()
+            profiler.export_chrome_trace(str(run_dir / f"trace-step-{step}-rank-{fabric.global_rank}.json.gz"))
+            profiler = None
 
         # Log.
         done = step == last_step or interrupted
@@ -375,35 +438,48 @@ def train(
 
         # Validate.
         t_pause = time.perf_counter()
-        if val_set is not None and (step % args.eval_interval == 0 or done):
-            val_loss = validate(fabric, model, val_set, args.micro_batch_size)
-            bits_per_byte = val_loss / math.log(2) * tokens_per_byte(val_set)
-            fabric.print(f"step {step}: validation loss {val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
+        validated = bool(val_sets) and (step % args.eval_interval == 0 or done)
+        if validated:
+            watch.doing("validating", step)
+            tokens = step * args.global_batch_tokens
+            row = {}
+            for name, val_set in val_sets.items():
+                val_loss = validate(fabric, model, val_set, args.micro_batch_size)
+                bits_per_byte = val_loss / math.log(2) * tokens_per_byte(val_set)
+                fabric.print(f"step {step}: {name} loss {val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
+                # The first set is the run's validation loss, further ones have columns of their own.
+                of = f"/{name}" if row else ""
+                row |= {f"val_loss{of}": val_loss, f"val_bits_per_byte{of}": bits_per_byte}
             if metrics:
-                tokens = step * args.global_batch_tokens
-                metrics.log(step, tokens=tokens, val_loss=val_loss, val_bits_per_byte=bits_per_byte)
-                plot_loss({args.name: metrics.path}, run_dir / "loss.png")
+                metrics.log(step, tokens=tokens, **row)
+        if metrics and (validated or time.monotonic() > next_picture):
+            t_plot = time.perf_counter()
+            plot_loss({args.name: metrics.path}, run_dir / "loss.png")
+            # Live, but drawing long runs takes seconds: at most 1% of the time.
+            next_picture = time.monotonic() + max(60, 100 * (time.perf_counter() - t_plot))
 
         # Save.
         if step % args.save_interval == 0 or done:
+            watch.doing("saving", step)
             meta = {
                 "tokens_seen": step * args.global_batch_tokens,
                 "config": config.to_dict(),
                 "loader": loader.state_dict(),
+                "spike_guard": list(guard.history),
                 "tokenizer": loader.dataset.tokenizer,
                 "delimiters": loader.dataset.delimiters,
                 "args": as_json(args),
             }
-            t_save = time.perf_counter()
-            saved = checkpoint.save(run_dir, step, model.module, optimizer, meta)
-            checkpoint.prune(run_dir, args.keep_checkpoints, args.permanent_interval)
-            fabric.print(f"step {step}: saved {saved} in {time.perf_counter() - t_save:.1f} s")
+            checkpoints.save(step, weights, optimizer, meta)
         t0 += time.perf_counter() - t_pause  # validation and checkpoints are not training speed
-        if interrupted:
-            fabric.print(f"interrupted: go on with --resume true from step {step}")
-            break
+
+    watch.doing("saving", step)
+    checkpoints.close()
+    if interrupted:
+        fabric.print(f"interrupted: go on with --resume true from step {step}")
     if metrics:
         metrics.close()
+    return interrupted
 
 
 @torch.no_grad()
@@ -415,7 +491,7 @@ def validate(fabric: Fabric, model: torch.nn.Module, val_set: ValidationSet, mic
         batch = fabric.to_device(batch)
         total += torch.stack((forward(model, batch).double(), (targets_of(batch) != IGNORE_INDEX).sum()))
     model.train()
-    loss, n_targets = fabric.all_reduce(total, reduce_op="sum").tolist()
+    loss, n_targets = sum_over_ranks(total).tolist()
     return loss / n_targets
 
 
@@ -425,6 +501,13 @@ def forward(model: torch.nn.Module, batch: torch.Tensor | DocumentBatch) -> torc
     return model(tokens[:, :-1].clamp(min=0), targets_of(batch), cu_seqlens=cu_seqlens)
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """In place. (fabric.all_reduce would put a barrier before it, and the host would wait for the device.)"""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def targets_of(batch: torch.Tensor | DocumentBatch) -> torch.Tensor:
     """(B, T) next tokens, IGNORE_INDEX past the end of the data and, with documents, where another one begins."""
     if isinstance(batch, DocumentBatch):
@@ -432,36 +515,77 @@ def targets_of(batch: torch.Tensor | DocumentBatch) -> torch.Tensor:
     return batch[:, 1:]
 
 
-def launch(args: TrainArgs) -> Fabric:
-    """A running Fabric: one device as it is; several through FSDP2, over all ranks of all nodes."""
+class Strategy(ModelParallelStrategy):
+    """Fabric's strategy for FSDP2, over a grid of ranks (replicate, shard), after a roll call."""
+
+    def __init__(self, replicas: int, sharers: int, shard: Callable[[GPT, DeviceMesh], GPT]) -> None:
+        super().__init__(shard, data_parallel_size=replicas, tensor_parallel_size=sharers)
+
+    def setup_environment(self) -> None:
+        environment = self.cluster_environment
+        self._set_world_ranks()
+        rank, world_size = environment.global_rank(), environment.world_size()
+        store = cluster.join(rank, world_size, environment.main_address, environment.main_port, self.root_device)
+        super().setup_environment()
+        check = cluster.self_check(store, self.device_mesh)
+        if rank == 0:
+            print(check, flush=True)
+
+
+def launch(args: TrainArgs, config: Config) -> Fabric:
+    """A running Fabric, and what args leave to be decided by the machine: precision and sharding."""
     torch.set_float32_matmul_precision("high")
     on_gpu = args.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
     if args.precision == "auto":
         args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
-    bf16 = args.precision == "bf16"
+    per_node = int(args.devices if args.devices != "auto" else torch.cuda.device_count() if on_gpu else 1)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", per_node))  # torchrun and fabric know better
+    world_size = int(os.environ.get("WORLD_SIZE", per_node * args.num_nodes))
 
-    def shard(model: GPT, mesh) -> GPT:
+    if args.sharding == "auto":
+        plan = memory_plan(config, args.micro_batch_size * config.block_size, args.recompute, sharers=per_node)
+        fits = not on_gpu or sum(plan.values()) < 0.9 * torch.cuda.get_device_properties(0).total_memory
+        args.sharding = "optimizer" if fits else "fsdp"
+    by_default = {"ddp": 1, "optimizer": min(per_node, world_size), "fsdp": world_size}[args.sharding]
+    sharers = args.shard_devices or by_default
+    if world_size % sharers:
+        raise ValueError(f"--shard_devices {sharers} does not divide the run's {world_size} devices")
+
+    def shard(model: GPT, mesh: DeviceMesh) -> GPT:
+        if args.sharding != "fsdp":
+            return model
         # cast_forward_inputs would round the rotary tables to bf16.
-        dtype = torch.bfloat16 if bf16 else torch.float32
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        mesh = mesh._flatten()
+        if sharers == world_size:
+            mesh = mesh["tensor_parallel"]  # Fabric's name for the second dimension
         for block in model.transformer.h:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh, mp_policy=policy)
 
-    per_node = args.devices if args.devices != "auto" else torch.cuda.device_count() if on_gpu else 1
-    world_size = int(os.environ.get("WORLD_SIZE", int(per_node) * args.num_nodes))
     fabric = Fabric(
         accelerator=args.accelerator,
-        devices=args.devices,
-        num_nodes=args.num_nodes,
-        strategy=ModelParallelStrategy(shard) if world_size > 1 else "auto",
+        devices="auto" if "LT_CLI_USED" in os.environ else per_node,
+        num_nodes=world_size // per_node,
+        strategy=Strategy(world_size // sharers, sharers, shard) if world_size > 1 else "auto",
     )
     if "LT_CLI_USED" not in os.environ:  # `fabric run` has started the processes already
         fabric.launch()
     if not fabric.is_global_zero:
         warnings.simplefilter("ignore")  # rank 0 says it for all
     return fabric
+
+
+def sharing(args: TrainArgs, fabric: Fabric) -> str:
+    if fabric.world_size == 1:
+        return ""
+    replicas, sharers = fabric.strategy.device_mesh.shape
+    what = {"ddp": "nothing shared", "optimizer": "optimizer and fp32 weights", "fsdp": "everything (FSDP2)"}
+    return (
+        f"; {what[args.sharding]}"
+        + (f" shared by {sharers}" if sharers > 1 else "")
+        + (f", {replicas} copies" if replicas > 1 else "")
+    )
 
 
 def find_checkpoint(args: TrainArgs, run_dir: Path) -> Path | None:
@@ -505,6 +629,10 @@ def tokens_per_byte(val_set: ValidationSet) -> float:
     return sum(m.tokens for m in manifests) / n_bytes if n_bytes else math.nan
 
 
+def report(line: str) -> None:
+    print(line, flush=True)
+
+
 def epochs(loader: PackedLoader) -> str:
     return "epochs " + " ".join(f"{name} {a['epochs']:.3g}" for name, a in loader.accounts().items())
 
@@ -520,4 +648,4 @@ def as_json(args: TrainArgs) -> dict:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse(TrainArgs))
+        sys.exit(main(parse(TrainArgs)))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     # floor 0
-    *("config", "kernels", "tokenizer", "text_sources", "shards", "mix", "packed_dataset", "optim", "cli", "metrics"),
+    *("config", "kernels", "tokenizer", "text_sources", "shards", "mix", "packed_dataset", "optim", "sharding", "cluster", "cli", "metrics"),
     "interrupt",
     # floor 1
     *("model", "int8", "prepare", "weights", "hf_tokenizer", "hf", "speed_monitor", "chat_template", "chat_data"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from packed_data import write_source
+from processes import run_ranks
 
 from lit_gpt import checkpoint
 from lit_gpt.metrics import read_metrics
@@ -72,6 +73,12 @@ def train(flags: dict, **more) -> Path:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     return args.out_dir / args.name
+
+
+def runs(flags: dict, changes: list[dict]) -> None:
+    """In each of several processes."""
+    for more in changes:
+        tinyllama.main(tinyllama.TrainArgs(**{**flags, **more}))
 
 
 def tokenizer(sha256: str) -> dict:
@@ -263,37 +270,17 @@ class TestInOneProcess:
 
 @pytest.mark.slow
 class TestInSeveralProcesses:
-    def launch(self, flags: dict, processes: int, *runs: dict) -> None:
-        """`lightning run model` on a script that does several runs, since starting processes takes longer than them."""
-        script = flags["out_dir"].with_name("runs.py")
-        calls = [{**flags, **run} for run in runs]
-        script.write_text(
-            "import sys, runpy\nfrom pathlib import *\n"
-            f"main = runpy.run_path({str(ROOT / 'pretrain' / 'tinyllama.py')!r})\n"
-            f"for flags in {calls!r}: main['main'](main['TrainArgs'](**flags))\n"
-        )
-        launcher = "import sys; from lit_gpt.lightning_cli import main; sys.argv[0] = 'lightning'; main()"
-        words = [
-            "run",
-            "model",
-            f"--devices={processes}",
-            "--accelerator=cpu",
-            f"--main-port={29500 + os.getpid() % 999}",
-        ]
-        command = [sys.executable, "-c", launcher, *words, str(script)]
-        out = subprocess.run(command, capture_output=True, text=True, env=environment())
-        assert out.returncode == 0, out.stderr[-3000:]
-
     @pytest.mark.filterwarnings("ignore:.*no manifest")
     def test_any_number_of_processes_gives_the_same_losses_and_resumes_any_other(self, flags):
         flags = dict(flags, val_data_dir=None)
         one = losses(train(flags))
         mixed = dict(name="mixed", resume="auto")
-        self.launch(flags, 2, dict(name="two"), dict(mixed, stop_at_step=2))
-        self.launch(flags, 4, dict(name="four"), dict(mixed, stop_at_step=4))
+        fsdp, grid = dict(name="fsdp", sharding="fsdp"), dict(name="grid", shard_devices=2)
+        run_ranks(2, runs, flags, [dict(name="two"), fsdp, dict(mixed, stop_at_step=2)])
+        run_ranks(4, runs, flags, [dict(name="four"), grid, dict(mixed, sharding="fsdp", stop_at_step=4)])
         train(flags, **mixed, stop_at_step=6)
-        self.launch(flags, 2, mixed)
-        for name in ("two", "four", "mixed"):
+        run_ranks(2, runs, flags, [mixed])
+        for name in ("two", "four", "fsdp", "grid", "mixed"):
             assert losses(flags["out_dir"] / name) == pytest.approx(one, rel=1e-6), name
 
     @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

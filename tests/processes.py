@@ -1,0 +1,82 @@
+"""Runs a function in several processes that are ranks of one job, without importing torch anew in each."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# The server imports once and forks; unlike a fork of pytest itself it has no threads that a fork would break.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch.distributed.checkpoint", "lightning.fabric"])
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_ranks(n: int, function: Callable, *args: object, port: int | None = None) -> list:
+    """Start `function(*args)` in n processes that have the environment of torchrun's. Returns (process, pipe) pairs."""
+    port = port or free_port()
+    ranks = []
+    for rank in range(n):
+        ours, theirs = context.Pipe()
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": n,
+            "LOCAL_WORLD_SIZE": n,
+            "GROUP_RANK": 0,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_RUN_ID": "test",
+            "OMP_NUM_THREADS": 1,
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        process = context.Process(target=_rank, args=(theirs, environment, function, args))
+        process.start()
+        theirs.close()
+        ranks.append((process, ours))
+    return ranks
+
+
+def run_ranks(n: int, function: Callable, *args: object, timeout_s: float = 300) -> list:
+    """What `function(*args)` returned in each of n ranks; a failure in one fails here."""
+    ranks = start_ranks(n, function, *args)
+    results = []
+    for process, pipe in ranks:
+        if not wait([pipe], timeout_s):
+            [p.kill() for p, _ in ranks]
+            raise TimeoutError(f"a rank has not answered in {timeout_s} s")
+        try:
+            problem, result = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            problem, result = f"a rank ended without a word, exit code {process.exitcode}", None
+        if problem:
+            [p.kill() for p, _ in ranks]
+            raise AssertionError(problem)
+        results.append(result)
+    for process, _ in ranks:
+        process.join(30)
+    return results
+
+
+def _rank(pipe: Connection, environment: dict, function: Callable, args: tuple) -> None:
+    os.environ.update({k: str(v) for k, v in environment.items()})
+    sys.path.insert(0, str(ROOT / "tests"))
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        answer = (None, function(*args))
+    except BaseException:
+        answer = (traceback.format_exc(), None)
+    pipe.send_bytes(pickle.dumps(answer))  # not send(): it would share tensors' memory, which ends with the process
+    pipe.close()
