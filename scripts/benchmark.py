@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py step --kernels '[auto, compile]' --micro_batch_size 16
 python scripts/benchmark.py step --peer '[litgpt, hf-liger]' --micro_batch_size 8
+python scripts/benchmark.py scaling --devices '[1, 2]'       # several GPUs against one
 python scripts/benchmark.py kernels
 python scripts/benchmark.py attention
 python scripts/benchmark.py plan --model tiny_LLaMA_1b      # memory; needs no GPU
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from benchmark_prepare import prepare
+from benchmark_scaling import scaling
 
 from lit_gpt.cli import one_line_errors
 from lit_gpt.config import Config
@@ -434,4 +436,4 @@ if __name__ == "__main__":
     from jsonargparse import auto_cli
 
     with one_line_errors():
-        auto_cli([step, kernels, attention, plan, prepare], as_positional=False)
+        auto_cli([step, scaling, kernels, attention, plan, prepare], as_positional=False)

@@ -1,0 +1,189 @@
+"""Tokens/s per GPU on several GPUs of this machine against one of them, for each way of sharing the model.
+
+python scripts/benchmark.py scaling --devices '[1, 2, 4]' --model '[tiny_LLaMA_1b]' --sharding '[optimizer, fsdp]'
+
+Every number of devices is one torchrun, which measures all models and ways one after the other on random tokens, with
+the optimizer step of pretrain/tinyllama.py: fp32 parameters, moments and sums of gradients, clipping.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from lit_gpt import cluster
+from lit_gpt.config import Config
+from lit_gpt.kernels import select_kernels
+from lit_gpt.model import GPT
+from lit_gpt.optim import clip_and_step, param_groups
+from lit_gpt.sharding import ShardedWeights
+from lit_gpt.speed_monitor import flops_per_token, peak_flops
+
+
+def scaling(
+    devices: list[int] | None = None,
+    model: list[str] | None = None,
+    sharding: list[str] | None = None,
+    micro_batch_tokens: int = 32_768,
+    accumulation: int = 8,
+    kernels: str = "auto",
+    json: Path | None = None,
+) -> None:
+    """Measure scaling. Run it on an idle machine.
+
+    Args:
+        devices: how many GPUs, one after the other. Default: 1, 2, 4, ... up to all.
+        model: presets of lit_gpt/config.py. Default: tiny_LLaMA_1b.
+        sharding: optimizer, fsdp or ddp, as pretrain/tinyllama.py's; optimizer/2 shares among 2 and repeats. Default:
+            optimizer, fsdp.
+        micro_batch_tokens: in one forward and backward of a device.
+        accumulation: micro-batches in an optimizer step; the fewer, the more its communication counts.
+        kernels: backends, as pretrain/tinyllama.py's --kernels.
+        json: write the rows to this file as well.
+    """
+    n = max(torch.cuda.device_count(), 1)
+    models, ways = model or ["tiny_LLaMA_1b"], sharding or ["optimizer", "fsdp"]
+    rows: list[dict] = []
+    for count in devices or [c for c in (1, 2, 4, 8, 16) if c <= n]:
+        cases = [(m, w) for m in models for w in (ways if count > 1 else ["one device"])]
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
+        request = dict(cases=cases, tokens=micro_batch_tokens, accumulation=accumulation, kernels=kernels)
+        worker = subprocess.Popen([sys.executable, *words, dumps(request)], stdout=subprocess.PIPE, text=True)
+        for line in worker.stdout:
+            if not line.startswith("{"):
+                print(line, end="", flush=True)
+                continue
+            row = loads(line)
+            one = next((r["tokens/s/GPU"] for r in rows if r["model"] == row["model"] and r["GPUs"] == 1), None)
+            if one:
+                row["x one GPU"] = round(row["tokens/s/GPU"] * count / one, 3)
+            rows.append(row)
+            print(row, flush=True)
+        if worker.wait():
+            raise ValueError(f"the run on {count} devices failed")
+    if json is not None:
+        json.write_text(dumps(rows))
+
+
+# --- one rank --------------------------------------------------------------------------------------------------------
+
+
+def measure(cases: list[tuple[str, str]], tokens: int, accumulation: int, kernels: str) -> None:
+    rank, world_size, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = cluster.join(rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), device)
+    if world_size > 1:
+        check = cluster.self_check(store, init_device_mesh(device.type, (1, world_size), mesh_dim_names=("", "all")))
+        if rank == 0:
+            print(check, flush=True)
+    for name, way in cases:
+        t0 = time.perf_counter()
+        row = {"model": name, "GPUs": world_size, "sharding": way}
+        try:
+            row |= time_case(Config.from_name(name), way, tokens, accumulation, kernels, device, world_size)
+        except torch.OutOfMemoryError:
+            row |= {"tokens/s/GPU": 0, "problem": "out of memory"}
+        row["took s"] = round(time.perf_counter() - t0, 1)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if rank == 0:
+            print(dumps(row), flush=True)
+
+
+def time_case(
+    config: Config, way: str, tokens: int, accumulation: int, kernels: str, device: torch.device, world_size: int
+) -> dict:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    heads = (config.n_head, config.n_query_groups, config.head_size)
+    with device:
+        model = GPT(config, select_kernels(kernels, device=device, dtype=dtype, heads=heads))
+    model.init_weights(1)
+    weights, fsdp = model, False
+    if way == "one device":
+        model.compute_in(dtype)
+    else:
+        kind, _, sharers = way.partition("/")
+        n = int(sharers) if sharers else 1 if kind == "ddp" else world_size
+        mesh = init_device_mesh(device.type, (world_size // n, n), mesh_dim_names=("replicate", "shard"))
+        fsdp = kind == "fsdp"
+        weights = shard_all(model, mesh, dtype) if fsdp else ShardedWeights(model, dtype, mesh)
+    optimizer = torch.optim.AdamW(param_groups(weights, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    size = max(1, tokens // config.block_size)
+    batch = torch.randint(config.vocab_size, (size, config.block_size + 1), device=device)
+    n_tokens = size * config.block_size
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def moment() -> "torch.cuda.Event | float":
+        """Now, on the device's clock."""
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def step(accumulation: int) -> float:
+        """Seconds of it that follow the last backward."""
+        for i in range(accumulation):
+            if fsdp:
+                model.set_requires_gradient_sync(i == accumulation - 1)
+            (model(batch[:, :-1], batch[:, 1:]) / (n_tokens * accumulation)).backward()
+        begin = moment()
+        if isinstance(weights, ShardedWeights):
+            weights.reduce_gradients()
+        norm = clip_and_step(optimizer, 1.0)
+        optimizer.zero_grad()
+        if isinstance(weights, ShardedWeights):
+            weights.refresh()
+        end = moment()
+        assert norm.isfinite()  # waits for the device, as the train loop does
+        synchronize()
+        return begin.elapsed_time(end) / 1e3 if device.type == "cuda" else end - begin
+
+    for _ in range(2):  # compiles, makes the optimizer's state and the connections
+        step(2)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elapsed_s, after_s = [], []
+    while len(elapsed_s) < 2:
+        if dist.is_initialized():
+            dist.barrier()
+        t0 = time.perf_counter()
+        after_s.append(step(accumulation))
+        synchronize()
+        elapsed_s.append(time.perf_counter() - t0)
+    speed = accumulation * n_tokens / min(elapsed_s)
+    peak = peak_flops(device, "bf16")
+    return {
+        "micro-batch": n_tokens,
+        "accumulation": accumulation,
+        "tokens/s/GPU": round(speed),
+        "MFU %": round(100 * speed * flops_per_token(config) / peak, 1) if peak else None,
+        "ms after the last backward": round(1e3 * min(after_s), 1),
+        "step s": [round(s, 4) for s in elapsed_s],
+        "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1) if device.type == "cuda" else None,
+    }
+
+
+def shard_all(model: GPT, mesh: DeviceMesh, dtype: torch.dtype) -> GPT:
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+loads, dumps = json.loads, json.dumps  # `scaling` has an argument of that name
+
+if __name__ == "__main__":
+    measure(**loads(sys.argv[1]))
