@@ -32,6 +32,7 @@ from lit_gpt.chat_template import ChatTemplate, Message
 from lit_gpt.cli import one_line_errors, parse
 from lit_gpt.hf import export
 from lit_gpt.hf_tokenizer import export_tokenizer, starts_with_bos
+from lit_gpt.hub import local_folder
 from lit_gpt.interrupt import Interrupt
 from lit_gpt.kernels import IGNORE_INDEX, select_kernels
 from lit_gpt.lora import add_lora, merge, write_adapters
@@ -509,20 +510,6 @@ def launch(args: FinetuneArgs) -> Fabric:
     if not fabric.is_global_zero:
         warnings.simplefilter("ignore")  # rank 0 says it for all
     return fabric
-
-
-def local_folder(base: str) -> Path:
-    """A path as it is; a hub id ("owner/name") downloaded to Hugging Face's cache."""
-    if Path(base).exists() or base.count("/") != 1 or base.startswith((".", "/", "~")):
-        return Path(base)
-    from huggingface_hub import snapshot_download
-
-    try:
-        files = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-        return Path(snapshot_download(base, allow_patterns=files))
-    except Exception as e:  # the hub's errors have no common class, and all mean this
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise FileNotFoundError(f"--base {base}: no such folder here, and not loaded from the hub: {reason}") from e
 
 
 def choose_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:

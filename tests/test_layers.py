@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     # floor 0
     *("config", "kernels", "tokenizer", "text_sources", "shards", "mix", "packed_dataset", "optim", "sharding", "cluster", "cli", "metrics"),
-    "interrupt",
+    *("interrupt", "hub"),
     # floor 1
     *("model", "int8", "prepare", "weights", "hf_tokenizer", "hf", "speed_monitor", "chat_template", "chat_data"),
     # floor 2
