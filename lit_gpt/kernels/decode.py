@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lit_gpt.kernels.attention import cached_attention as reference
 
-MAX_ROWS = 16
+MAX_ROWS = 8
 """Rows of a step up to which these products are memory-bound and faster than a library's GEMM."""
 
 
@@ -66,10 +66,10 @@ def swiglu(
 def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, add: bool, tile=None) -> None:
     (M, K), N = x.shape, weight.size(0)
     assert M <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous() and y.is_contiguous()
-    block_n, block_k, warps, stages = tile or _tile(M, N, K, gated, weight.element_size())
-    kernel = _linear_one_row if M == 1 else _linear_few_rows
+    rows = 1 if M == 1 else max(4, triton.next_power_of_2(M))  # fewer values, fewer compilations
+    block_n, block_k, warps = tile or _tile(rows, N, gated, scale is not None)
     pdl = has_pdl(x.device)
-    kernel[(triton.cdiv(N, block_n),)](
+    _linear[(triton.cdiv(N, block_n),)](
         x,
         x if norm is None else norm,
         weight,
@@ -81,24 +81,28 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
         N,
         eps,
         K=K,
+        ROWS=rows,
         NORM=norm is not None,
         GATED=gated,
         ADD=add,
         INT8=scale is not None,
         PDL=pdl,
+        ASM=scale is not None and x.is_cuda,
         BLOCK_N=block_n,
-        BLOCK_K=block_k,
+        BLOCK_K=min(block_k, triton.next_power_of_2(K)),
         num_warps=warps,
-        num_stages=stages,
+        num_stages=1,
         **({"launch_pdl": True} if pdl else {}),
     )
 
 
-def _tile(M: int, N: int, K: int, gated: bool, bytes_per_weight: int) -> tuple[int, int, int, int]:
-    """(BLOCK_N, BLOCK_K, warps, stages)."""
-    if M > 1:
-        return 16, min(256, triton.next_power_of_2(K)), 4, 4
-    return (4 if gated or N < 8192 else 8), min(1024, triton.next_power_of_2(K)), 4, 1
+def _tile(rows: int, N: int, gated: bool, int8: bool) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_K, warps), by measurement on an H100."""
+    if rows > 1:
+        return 4, 1024, 4
+    if gated and int8:
+        return 2, 1024, 2
+    return (4, 1024, 4) if gated or N > 8192 else (8, 2048, 8)
 
 
 def has_pdl(device: torch.device) -> bool:
@@ -106,14 +110,17 @@ def has_pdl(device: torch.device) -> bool:
 
 
 @triton.jit
-def _linear_one_row(
+def _linear(
     x, norm, weight, scale, up, up_scale, y, M, N, eps,
-    K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, INT8: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
+    INT8: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs. 1 / rms of x is a factor of the whole product, so x is read once, with the weights."""
+    """BLOCK_N outputs of up to ROWS rows. 1 / rms of a row is a factor of all its outputs, so x is read once, with the
+    weights. Plain multiplication and addition: the matrix units would wait for memory no less, and need 16 rows."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    i = tl.arange(0, ROWS)[:, None]
+    m = tl.arange(0, ROWS)[None, :]
     rows = n.to(tl.int64)[:, None] * K + k[None, :]
     inside = (n < N)[:, None] & (k < K)[None, :]
     # The first tile of weights does not depend on the kernel before: it is read while that one finishes.
@@ -123,84 +130,78 @@ def _linear_one_row(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    total_up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((BLOCK_K,), tl.float32)
+    products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)  # of a single row, to be summed once, at the end
+    up_products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    up_total = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
-        a = tl.load(x + start + k, start + k < K, other=0.0).to(tl.float32)
-        if NORM:
-            squares += a * a
-            a *= tl.load(norm + start + k, start + k < K, other=0.0).to(tl.float32)
         if start > 0:
             inside = (n < N)[:, None] & (start + k < K)[None, :]
             w = tl.load(weight + rows + start, inside, other=0.0)
             if GATED:
                 u = tl.load(up + rows + start, inside, other=0.0)
-        total += w.to(tl.float32) * a[None, :]
+        w32 = _int8_to_fp32(w) if ASM else w.to(tl.float32)
         if GATED:
-            total_up += u.to(tl.float32) * a[None, :]
-    r = 1.0
-    if NORM:
-        r = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    out = tl.sum(total, 1) * r
-    if INT8:
-        out *= tl.load(scale + n, n < N, other=0.0)
-    if GATED:
-        out_up = tl.sum(total_up, 1) * r
-        if INT8:
-            out_up *= tl.load(up_scale + n, n < N, other=0.0)
-        out = out * tl.sigmoid(out) * out_up
-    if ADD:
-        out += tl.load(y + n, n < N, other=0.0).to(tl.float32)
-    tl.store(y + n, out.to(y.dtype.element_ty), n < N)
-
-
-@triton.jit
-def _linear_few_rows(
-    x, norm, weight, scale, up, up_scale, y, M, N, eps,
-    K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, INT8: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N outputs of up to 16 rows, by the matrix units: weights (BLOCK_N, K) times x (K, 16)."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, 16)
-    k = tl.arange(0, BLOCK_K)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    total = tl.zeros((BLOCK_N, 16), tl.float32)
-    total_up = tl.zeros((BLOCK_N, 16), tl.float32)
-    squares = tl.zeros((16,), tl.float32)
-    rows = n.to(tl.int64)[:, None] * K
-    for start in range(0, K, BLOCK_K):
-        c = start + k
-        inside = (n < N)[:, None] & (c < K)[None, :]
-        w = tl.load(weight + rows + c[None, :], inside, other=0.0)
-        a = tl.load(x + m[:, None] * K + c[None, :], (m < M)[:, None] & (c < K)[None, :], other=0.0)
+            u32 = _int8_to_fp32(u) if ASM else u.to(tl.float32)
+        inside = (i < M) & (start + k < K)[None, :]
+        a = tl.load(x + i * K + start + k[None, :], inside, other=0.0).to(tl.float32)  # (ROWS, BLOCK_K)
         if NORM:
-            a32 = a.to(tl.float32)
-            squares += tl.sum(a32 * a32, 1)
-            a = (a32 * tl.load(norm + c, c < K, other=0.0).to(tl.float32)[None, :]).to(a.dtype)
-        a = tl.trans(a)
-        total = tl.dot(w.to(a.dtype), a, total, input_precision="ieee")
-        if GATED:
-            u = tl.load(up + rows + c[None, :], inside, other=0.0)
-            total_up = tl.dot(u.to(a.dtype), a, total_up, input_precision="ieee")
+            g = tl.load(norm + start + k, start + k < K, other=0.0).to(tl.float32)
+            squares += tl.sum(a * a, 1)
+            a *= g[None, :]
+        if ROWS == 1:
+            products += w32 * a
+            if GATED:
+                up_products += u32 * a
+        else:
+            total += tl.sum(w32[:, None, :] * a[None, :, :], 2)
+            if GATED:
+                up_total += tl.sum(u32[:, None, :] * a[None, :, :], 2)
+    if ROWS == 1:
+        total += tl.sum(products, 1)[:, None]
+        up_total += tl.sum(up_products, 1)[:, None]
     if NORM:
         r = tl.rsqrt(squares / K + eps)[None, :]
         total *= r
-        total_up *= r
+        up_total *= r
     if INT8:
         total *= tl.load(scale + n, n < N, other=0.0)[:, None]
     if GATED:
         if INT8:
-            total_up *= tl.load(up_scale + n, n < N, other=0.0)[:, None]
-        total = total * tl.sigmoid(total) * total_up
-    where = y + m[None, :] * N + n[:, None]
-    inside = (n < N)[:, None] & (m < M)[None, :]
+            up_total *= tl.load(up_scale + n, n < N, other=0.0)[:, None]
+        total = total * tl.sigmoid(total) * up_total
+    where = y + m * N + n[:, None]
+    inside = (n < N)[:, None] & (m < M)
     if ADD:
         total += tl.load(where, inside, other=0.0).to(tl.float32)
     tl.store(where, total.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _int8_to_fp32(w):
+    """Four at a time, without the converter's quarter rate: 2²³ + 128 + w is a float whose last byte is w + 128."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 bytes;
+        xor.b32 bytes, $4, 0x80808080;
+        prmt.b32 $0, bytes, 0x4B000000, 0x7540;
+        prmt.b32 $1, bytes, 0x4B000000, 0x7541;
+        prmt.b32 $2, bytes, 0x4B000000, 0x7542;
+        prmt.b32 $3, bytes, 0x4B000000, 0x7543;
+        sub.f32 $0, $0, 0f4B000080;
+        sub.f32 $1, $1, 0f4B000080;
+        sub.f32 $2, $2, 0f4B000080;
+        sub.f32 $3, $3, 0f4B000080;
+        }
+        """,
+        "=f,=f,=f,=f,r",
+        [w],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=4,
+    )
 
 
 # --- attention over the cache ----------------------------------------------------------------------------------------
@@ -239,10 +240,13 @@ def cached_attention(
     partial = torch.empty((B * G * tiles, splits, rows, D + 2) if splits > 1 else 1, device=q.device)
     _attend[(B * G, tiles, splits)](
         q, cache.k, cache.v, positions, out, partial, cache.arrivals, T, S, row_stride, G, D**-0.5,
-        QUERIES=queries, PADDED=padded_queries, D=D, BLOCK_T=block_t, BLOCK_S=64, SPLITS=splits,
-        PDL=pdl, num_warps=4, num_stages=2, **launch,
+        QUERIES=queries, PADDED=padded_queries, D=D, BLOCK_T=block_t, BLOCK_S=ATTEND[0], SPLITS=splits,
+        PDL=pdl, num_warps=ATTEND[1], num_stages=ATTEND[2], **launch,
     )  # fmt: skip
     return out
+
+
+ATTEND = (64, 4, 2)
 
 
 def _splits(programs: int, S: int) -> int:
