@@ -347,7 +347,8 @@ def host_buffers(state: dict) -> dict:
         total += -(-size // 16) * 16
     block = torch.zeros(total, dtype=torch.uint8)
     if torch.cuda.is_available():
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), total, 0))
+        if int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), total, 0)) != 0:
+            warnings.warn(f"{total / 1e9:.1f} GB of host memory cannot be pinned: saving will take longer", stacklevel=2)
     places = iter(zip(offsets, sizes, strict=True))
 
     def place(value: Any) -> Any:
