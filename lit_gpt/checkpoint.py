@@ -348,7 +348,7 @@ def host_buffers(state: dict) -> dict:
     block = torch.zeros(total, dtype=torch.uint8)
     if torch.cuda.is_available():
         if int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), total, 0)) != 0:
-            warnings.warn(f"{total / 1e9:.1f} GB of host memory cannot be pinned: saving will take longer", stacklevel=2)
+            warnings.warn(f"{total / 1e9:.1f} GB of host memory cannot be pinned: saving takes longer", stacklevel=2)
     places = iter(zip(offsets, sizes, strict=True))
 
     def place(value: Any) -> Any:
