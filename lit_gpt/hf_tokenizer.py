@@ -16,6 +16,7 @@ from lit_gpt.weights import read_json, write_json
 
 if TYPE_CHECKING:
     import tokenizers
+    from sentencepiece import sentencepiece_model_pb2
 
 FILES = (
     "tokenizer.model",
@@ -188,14 +189,13 @@ def from_tiktoken(ranks: dict[bytes, int], special: dict[str, int]) -> "tokenize
     return result
 
 
-def from_sentencepiece(path: Path) -> "tokenizers.Tokenizer":
-    """The tokenizers library's equivalent of a sentencepiece BPE model.
+def read_sentencepiece(path: Path) -> "sentencepiece_model_pb2.ModelProto":
+    """The pieces and settings of a tokenizer.model.
 
     Raises:
-        ValueError: naming a property of the model that it does not have.
+        ValueError: not one, or not BPE with spaces marked at the beginning of a word, as Llama's is.
     """
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
     proto = sentencepiece_model_pb2.ModelProto()
     try:
@@ -205,7 +205,19 @@ def from_sentencepiece(path: Path) -> "tokenizers.Tokenizer":
     trainer, norm = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != BPE or trainer.treat_whitespace_as_suffix or not norm.escape_whitespaces:
         raise ValueError(f"{path}: only BPE models that mark spaces at the beginning of a word can be exported")
+    return proto
 
+
+def from_sentencepiece(path: Path) -> "tokenizers.Tokenizer":
+    """The tokenizers library's equivalent of a sentencepiece BPE model.
+
+    Raises:
+        ValueError: naming a property of the model that it does not have.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
+    proto = read_sentencepiece(path)
+    trainer, norm = proto.trainer_spec, proto.normalizer_spec
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
     # sentencepiece joins the two neighbours whose union scores best, the leftmost of equals. As merges: every way to

@@ -8,7 +8,7 @@ scripts/convert_hf_checkpoint.py wrote (lit_config.json and lit_model.safetensor
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,12 @@ class Pretrained:
     """Of the tokenizer file that made the training data, where that is known."""
     delimiters: str | None = None
     """What stood around the documents in training: bos+eos, eos, bos or none; None: not known."""
+
+    def stretched(self, rope_scaling: str, rope_factor: float) -> "Pretrained":
+        """The same weights for longer sequences (Config.stretched); ("none", 1) leaves it as it is."""
+        if (rope_scaling, rope_factor) == ("none", 1):
+            return self
+        return replace(self, config=self.config.stretched(rope_scaling, rope_factor))
 
 
 def open_pretrained(path: Path, model_name: str | None = None) -> Pretrained:

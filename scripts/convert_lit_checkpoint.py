@@ -28,6 +28,8 @@ def main(
     model_name: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     max_shard_size: str = "5GB",
+    rope_scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none",
+    rope_factor: float = 1.0,
     overwrite: bool = False,
 ) -> None:
     """Convert our checkpoint to a Hugging Face folder, verified as it is written.
@@ -40,10 +42,12 @@ def main(
         model_name: The preset of a .pth file that does not say.
         dtype: Of the weights; default: what the checkpoint holds, which is float32 for our runs.
         max_shard_size: Largest safetensors file, such as 5GB or 500MB; more are written, with an index, where needed.
+        rope_scaling: Stretch the model's context by one of these; default: as it is.
+        rope_factor: How many times longer.
         overwrite: Replace out_dir if it exists.
     """
     max_shard_bytes = parse_bytes(max_shard_size)
-    found = open_pretrained(checkpoint_dir, model_name)
+    found = open_pretrained(checkpoint_dir, model_name).stretched(rope_scaling, rope_factor)
     print(f"{found.path}: {found.config.name}")
     tokenizer_path = tokenizer_path or found.tokenizer
     if tokenizer_path is not None:

@@ -13,7 +13,7 @@ ORDER = [
     *("config", "kernels", "tokenizer", "text_sources", "shards", "mix", "packed_dataset", "optim", "sharding", "cluster", "cli", "metrics"),
     *("interrupt", "hub"),
     # floor 1
-    *("model", "int8", "prepare", "weights", "hf_tokenizer", "hf", "speed_monitor", "chat_template", "chat_data"),
+    *("model", "int8", "prepare", "weights", "hf_tokenizer", "hf", "gguf_file", "speed_monitor", "chat_template", "chat_data"),
     # floor 2
     *("checkpoint", "pretrained", "decoder", "generate", "perplexity", "scoring", "sandbox", "evaluation", "contamination", "report", "speculative", "lora", "retrieval", "chat"),
     "lightning_cli",
