@@ -9,6 +9,7 @@ B batch, T tokens, C width, V rows of the head, H query heads, G key/value heads
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -19,6 +20,9 @@ from lit_gpt.config import Config
 from lit_gpt.kernels import ComputeWeights, Kernels, embedding, linear
 from lit_gpt.kernels.rope import rope_tables
 from lit_gpt.kernels.swiglu import swiglu
+
+if TYPE_CHECKING:  # it imports triton
+    from lit_gpt.kernels.fp8 import BlockFp8, Fp8
 
 
 class GPT(nn.Module):
@@ -38,6 +42,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
         self._compute_weights: ComputeWeights | None = None
+        self.fp8: Fp8 | None = None
         self.recompute = False
         """Keep no activations inside a block for the backward but compute them again: a quarter more work, and memory
         for activations falls from about 24 C elements a token and layer to 2 C."""
@@ -76,8 +81,12 @@ class GPT(nn.Module):
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit the model's block_size of {self.config.block_size}")
-        if self._compute_weights is not None:
-            self._compute_weights.refresh()
+        renewed = self._compute_weights is not None and self._compute_weights.refresh()
+        if self.fp8 is not None:
+            if renewed:
+                self.fp8.quantise_weights()
+            if self.training and torch.is_grad_enabled():
+                self.fp8.begin()
         if cache is not None and positions is None:
             positions = torch.arange(T, device=idx.device)
         tables = self.rope(idx.device, T if cache is None else cache.k.size(2))
@@ -118,7 +127,19 @@ class GPT(nn.Module):
         what an optimizer steps and a checkpoint holds; gradients are fp32 and accumulate in fp32. Call it when the
         parameters are on their device. `copies` are those of a sharded model (lit_gpt.sharding); with FSDP its
         MixedPrecisionPolicy does the same."""
-        self._compute_weights = copies or ComputeWeights(self, dtype)
+        in_fp8 = [] if self.fp8 is None else [w for group in self.fp8.matrices() for w in group]
+        self._compute_weights = copies or ComputeWeights(self, dtype, without=in_fp8)
+
+    def train_in_fp8(self) -> None:
+        """Run the blocks' matrix products in fp8 while training (lit_gpt/kernels/fp8.py); evaluation and the rest of
+        the model stay in bf16. Call it before compute_in(torch.bfloat16).
+
+        Raises:
+            ValueError: the GPU has no fp8, or the model is not of Llama's family.
+        """
+        from lit_gpt.kernels.fp8 import Fp8
+
+        self.fp8 = Fp8(self.transformer.h)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -147,6 +168,7 @@ class Block(nn.Module):
         self.norm_2 = make_norm(config, kernels)
         self.mlp = (LLaMAMLP if config.family == "llama" else GptNeoxMLP)(config, kernels)
         self.parallel_residual = config.family == "gptneox"
+        self.fp8: BlockFp8 | None = None
 
     def forward(
         self,
@@ -158,6 +180,13 @@ class Block(nn.Module):
         cache: "LayerCache | None" = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual stream in and out as (x, delta), whose sum it is; delta None is 0."""
+        if self.fp8 is not None and self.training and torch.is_grad_enabled():
+            attn, mlp, c = self.attn, self.mlp, self.attn.config
+            heads = (c.n_query_groups, c.head_size)
+            x, q, k, v = self.fp8.norm_qkv(x, delta, self.norm_1, attn.attn.weight, cos, sin, *heads)
+            y = attn.kernels.attention(q, k, v, None, cu_seqlens)
+            delta = self.fp8.linear(y.flatten(2), attn.proj.weight)
+            return self.fp8.norm_mlp(x, delta, self.norm_2, mlp.fc_1.weight, mlp.fc_2.weight, mlp.proj.weight)
         x, y = self.norm_1(x, delta)
         delta = self.attn(y, cos, sin, cu_seqlens, cache)
         if self.parallel_residual:

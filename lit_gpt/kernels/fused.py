@@ -59,29 +59,37 @@ class _AddRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_total, dy):
         total, weight = ctx.saved_tensors
-        C = total.size(-1)
-        n_rows = total.numel() // C
-        block = triton.next_power_of_2(C)
-        # Each program walks over many rows and sums their gradient of the weight in registers.
-        programs = min(n_rows, 4 * _multiprocessors(total.device))
-        dx = torch.empty_like(total)
-        d_weight = torch.empty(programs, C, dtype=torch.float32, device=total.device)
-        _add_rms_norm_backward[(programs,)](
-            total,
-            weight,
-            dy.contiguous(),
-            dy if d_total is None else d_total.contiguous(),
-            dx,
-            d_weight,
-            n_rows,
-            C,
-            ctx.eps,
-            ROWS=triton.cdiv(n_rows, programs),
-            ADD=d_total is not None,
-            BLOCK=block,
-            num_warps=_warps(block),
-        )
-        return dx, dx if ctx.add else None, d_weight.sum(0).to(weight.dtype), None
+        dx, d_weight = norm_backward(total, weight, dy, d_total, ctx.eps)
+        return dx, dx if ctx.add else None, d_weight, None
+
+
+def norm_backward(
+    total: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, d_total: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of total (..., C) and of weight, given those of the norm's output and, if any, of total itself."""
+    C = total.size(-1)
+    n_rows = total.numel() // C
+    block = triton.next_power_of_2(C)
+    # Each program walks over many rows and sums their gradient of the weight in registers.
+    programs = min(n_rows, 4 * _multiprocessors(total.device))
+    dx = torch.empty_like(total)
+    d_weight = torch.empty(programs, C, dtype=torch.float32, device=total.device)
+    _add_rms_norm_backward[(programs,)](
+        total,
+        weight,
+        dy.contiguous(),
+        dy if d_total is None else d_total.contiguous(),
+        dx,
+        d_weight,
+        n_rows,
+        C,
+        eps,
+        ROWS=triton.cdiv(n_rows, programs),
+        ADD=d_total is not None,
+        BLOCK=block,
+        num_warps=_warps(block),
+    )
+    return dx, d_weight.sum(0).to(weight.dtype)
 
 
 @triton.jit

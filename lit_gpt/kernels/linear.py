@@ -9,6 +9,7 @@ N tokens, C inputs, O outputs.
 """
 
 import weakref
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,19 @@ class ComputeWeights:
     two that feed SwiGLU, can be read as one matrix by one GEMM.
     """
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
-        self.parameters = [p for p in model.parameters() if p.dim() == 2]
-        buffer = torch.empty(sum(p.numel() for p in self.parameters), dtype=dtype, device=self.parameters[0].device)
+    def __init__(
+        self, model: torch.nn.Module, dtype: torch.dtype, without: Collection[torch.nn.Parameter] = ()
+    ) -> None:
+        """Matrices in `without` get no copy, since they are computed with in fp8, and are cast where they are not."""
+        self.matrices = [p for p in model.parameters() if p.dim() == 2]
+        without = set(without)
+        self.parameters = [p for p in self.matrices if p not in without]
+        buffer = torch.empty(sum(p.numel() for p in self.parameters), dtype=dtype, device=self.matrices[0].device)
         copies = buffer.split([p.numel() for p in self.parameters])
         self.copies = [copy.view(p.shape) for copy, p in zip(copies, self.parameters, strict=True)]
         self.versions: list[int] = []  # of the parameters when they were copied
+        for p in without:
+            p.compute = None
         for p, copy in zip(self.parameters, self.copies, strict=True):
             p.compute = copy
         # Fused optimizers write to parameters without raising their version.
@@ -36,17 +44,21 @@ class ComputeWeights:
         register_optimizer_step_post_hook(lambda *_: this() and this().versions.clear())
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the parameters again if an optimizer stepped or anything else wrote to them since the last time."""
-        versions = [p._version for p in self.parameters]
-        if versions != self.versions:
-            torch._foreach_copy_(self.copies, self.parameters)
-            self.versions = versions
+    def refresh(self) -> bool:
+        """Copy the parameters again if an optimizer stepped or anything else wrote to them since the last time; whether
+        that was so."""
+        versions = [p._version for p in self.matrices]
+        if versions == self.versions:
+            return False
+        torch._foreach_copy_(self.copies, self.parameters)
+        self.versions = versions
+        return True
 
 
 def compute(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as GEMMs read it: its copy where there is one."""
-    return getattr(weight, "compute", weight).detach()
+    """The weight as bf16 GEMMs read it: its copy where there is one; of a weight in fp8, a cast."""
+    copy = getattr(weight, "compute", weight)
+    return weight.detach().bfloat16() if copy is None else copy.detach()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
