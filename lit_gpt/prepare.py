@@ -89,9 +89,10 @@ class UnitEncoder:
         """Encode the units [(index of the file, index of the unit in it), ...] as one batch."""
         units = [self._read(*unit) for unit in task]
         texts = [text for unit in units for text in unit.texts]
-        sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], dtype=np.int64)
         self._check(texts)
         ids, lengths = self.encoder(texts)
+        # Cheap after encoding only, which leaves the UTF-8 form with each string.
+        sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], dtype=np.int64)
         results, text, token = [], 0, 0
         for unit in units:
             texts_end = text + len(unit.texts)

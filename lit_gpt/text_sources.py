@@ -1,12 +1,13 @@
 """Raw text files to documents: JSON lines and plain text (also .zst and .gz), parquet, Arrow.
 
-A file is read in units of about 16 MB of text, so that many processes can share one huge file and one process can take
+A file is read in units of about 8 MB of text, so that many processes can share one huge file and one process can take
 many small ones. `open_source(path).read(k, fields)` returns the documents of unit k. Which documents a unit holds
 depends on the file alone, so units put together in order are the file, whoever read them.
 
 Nothing is skipped in silence: what cannot be read is in `Unit.bad`, with its line and the reason.
 """
 
+import io
 import json
 import math
 import operator
@@ -24,8 +25,9 @@ UNIT = 8 << 20
 """Bytes of text that are read, encoded and handed on together"""
 MAX_DOCUMENT = 64 << 20
 """Bytes of the longest line, or text file, that is read; encoding takes some 40 bytes of memory for each of them"""
-READ = 1 << 17
-"""Bytes read from a file at once"""
+READ = 1 << 16
+"""Bytes read from a file at once, and half of what is decompressed at once: what fits into a processor's cache is
+decompressed 1.5 times as fast as what does not"""
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt")
 TABLE_SUFFIXES = (".parquet", ".arrow")
@@ -94,9 +96,6 @@ class Unit:
 
     def add(self, row: int, values: tuple, fields: Fields) -> None:
         """Take in one record, given as the values of `fields.keys()`, or note why not."""
-        if error := next((value for value in values if isinstance(value, ValueError)), None):
-            self.bad.append((row, str(error)))
-            return
         text, subset = values[0], values[-1]
         for condition, value in zip(fields.filters, values[1:], strict=False):
             if (_as_text(value) == condition.value) != condition.equal:
@@ -196,7 +195,7 @@ def _decompressor(compression: str):
         return zlib.decompressobj(wbits=31)
     import zstandard
 
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(write_size=4 << 20)
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(write_size=2 * READ)
 
 
 class _LineStream:
@@ -302,14 +301,13 @@ def _parse(block: bytes, unit: Unit, fields: Fields) -> None:
 
     record_type, get = _record_type(fields)
     decode = msgspec.json.Decoder(record_type).decode
-    lines = block.split(b"\n")
-    unit.rows = len(lines) - (not lines[-1])
-    for row, line in enumerate(lines):
+    for row, line in enumerate(io.BytesIO(block)):
+        unit.rows += 1
         try:
             record = decode(line)
         except (ValueError, RecursionError):
             if line.strip():
-                _parse_carefully(row, line, unit, fields, record_type, get)
+                _parse_carefully(row, line.removesuffix(b"\n"), unit, fields, record_type, get)
             continue
         unit.add(row, get(record), fields)
 
@@ -390,7 +388,10 @@ class _Table:
             for row in range(min(size, rows - index * size)):
                 if (values := next(self._rows, None)) is None:
                     raise UnreadableFile("there are fewer rows than the file says")
-                unit.add(row, values, fields)
+                if error := next((value for value in values if isinstance(value, ValueError)), None):
+                    unit.bad.append((row, str(error)))
+                else:
+                    unit.add(row, values, fields)
                 unit.rows += 1
         except (OSError, ValueError, pyarrow.ArrowException, UnreadableFile) as error:
             self._file = self._rows = None

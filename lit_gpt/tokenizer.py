@@ -124,10 +124,13 @@ def _find_file(path: Path) -> Path:
 
 # --- three file formats ----------------------------------------------------------------------------------------------
 # Each has vocab_size, bos_id, eos_id, `special` (id of each text that other libraries take for a special token),
-# encode (no delimiters), decode, and `fast()`, the same tokenizer in gigatoken.
+# encode (no delimiters), decode, `fast()`, the same tokenizer in gigatoken, and `fast_takes_special`: whether that
+# makes special tokens of such texts.
 
 
 class _SentencePieceModel:
+    fast_takes_special = True
+
     def __init__(self, path: Path, content: bytes) -> None:
         import sentencepiece
 
@@ -156,6 +159,8 @@ class _SentencePieceModel:
 
 
 class _TokenizersModel:
+    fast_takes_special = True
+
     def __init__(self, path: Path, content: bytes) -> None:
         import tokenizers
 
@@ -196,6 +201,8 @@ class _TokenizersModel:
 class _TiktokenModel:
     """Llama 3: 128,000 ranks as lines of `base64 rank`, then the special tokens."""
 
+    fast_takes_special = False  # it is not told of them
+
     def __init__(self, path: Path, content: bytes) -> None:
         try:
             import tiktoken
@@ -226,6 +233,7 @@ class _TiktokenModel:
     def fast(self):
         """gigatoken wants merges instead of ranks: a pair may merge when its concatenation has a rank, lowest first."""
         import gigatoken
+        import msgspec
 
         letters = byte_letters()
         vocab = {token.decode("latin-1").translate(letters): rank for token, rank in self.ranks.items()}
@@ -243,7 +251,7 @@ class _TiktokenModel:
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, as_bytes]}
         content = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": pre_tokenizer}
         content |= {"post_processor": None, "decoder": as_bytes, "model": model, "truncation": None, "padding": None}
-        return gigatoken.Tokenizer.from_json(json.dumps(content))
+        return gigatoken.Tokenizer.from_json(msgspec.json.encode(content))
 
 
 def byte_letters() -> dict[int, str]:
@@ -283,7 +291,8 @@ class BatchEncoder:
                 raise
             self.why_slow = f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
         # These have to be found by ourselves: gigatoken turns them into special tokens.
-        self._special = re.compile("|".join(map(re.escape, tokenizer.model.special)) or r"(?!)")
+        special = tokenizer.model.special if tokenizer.model.fast_takes_special else ()
+        self._special = re.compile("|".join(map(re.escape, special))) if special else None
         if self._fast is not None and (text := self.disagreement(TORTURE)) is not None:
             self.engine, self._fast = "reference", None
             self.why_slow = f"gigatoken's ids differ from the reference on {text[:40]!r}"
@@ -296,7 +305,7 @@ class BatchEncoder:
             rows = [np.array(self.tokenizer.model.encode(text), dtype=np.uint32) for text in texts]
             lengths = np.array([len(row) for row in rows], dtype=np.int64)
             return np.concatenate([np.empty(0, np.uint32), *rows]), lengths
-        by_reference = [i for i, text in enumerate(texts) if self._special.search(text)]
+        by_reference = [i for i, text in enumerate(texts) if self._special.search(text)] if self._special else []
         if not by_reference:
             return self._encode_fast(texts)
         texts = list(texts)
