@@ -18,7 +18,7 @@ ORDER = [
     *("checkpoint", "pretrained", "decoder", "generate", "perplexity", "scoring", "sandbox", "evaluation", "contamination", "report", "speculative", "lora", "retrieval", "chat"),
     "lightning_cli",
 ]
-RUNNABLE = ("pretrain", "scripts", "sft", "speculative_decoding", "chat_gradio")
+RUNNABLE = ("pretrain", "scripts", "sft", "speculative_decoding", "chat_gradio", "phone")
 
 
 def imports(path: Path) -> set[str]:
