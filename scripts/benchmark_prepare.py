@@ -1,6 +1,7 @@
 """Processor time from zstd jsonl to shards, ours against one document at a time.
 
-python scripts/benchmark.py prepare --source_path SlimPajama --tokenizer_path tokenizer/llama2 --peer per-document
+python scripts/benchmark.py prepare --source_path SlimPajama --tokenizer_path tokenizer/llama2
+python scripts/benchmark.py prepare ... --peer none --files 1 --processes '[1, 2]'      # both cores on one file
 
 The documents of the source (SlimPajama's layout) are repeated to `--megabytes` of text. Time is user + system time of
 the whole process tree, start-up included, so that other work on the machine matters little.
@@ -30,7 +31,7 @@ def prepare(
     source_path: Path,
     tokenizer_path: Path,
     peer: Literal["per-document", "none"] = "per-document",
-    processes: int = 1,
+    processes: int | list[int] = 1,
     megabytes: int = 100,
     files: int = 8,
 ) -> None:
@@ -40,7 +41,7 @@ def prepare(
         source_path: Folder in SlimPajama's layout.
         tokenizer_path: Folder or file of the tokenizer.
         peer: What to compare with: one document at a time, as the original does it, or nothing.
-        processes: Of ours; the peer has one.
+        processes: Of ours, one number or several [in, brackets]; the peer has one.
         megabytes: Text to prepare, at least.
         files: Into how many files to put it.
     """
@@ -49,21 +50,30 @@ def prepare(
         text_bytes = write_corpus(source_path, corpus, megabytes * 1_000_000, files)
         flags = ["--source_path", corpus, "--tokenizer_path", tokenizer_path, "--delimiters=eos"]
         script = Path(__file__).with_name("prepare_slimpajama.py")
-        ours = [script, *flags, "--destination_path", Path(folder, "ours"), f"--processes={processes}"]
-        commands = {f"ours, {processes} processes": ours}
+        commands = {}
+        for number in [processes] if isinstance(processes, int) else processes:
+            ours = ["--destination_path", Path(folder, f"ours-{number}"), f"--processes={number}"]
+            commands[f"ours, {number} processes"] = [script, *flags, *ours]
         if peer == "per-document":
             commands["per document"] = [__file__, corpus, tokenizer_path, Path(folder, "peer")]
-        print(f"{text_bytes / 1e6:.1f} MB of text in {files} files")
-        cpu_seconds = {}
+        size = sum(path.stat().st_size for path in sources(corpus))
+        print(f"{text_bytes / 1e6:.1f} MB of text in {files} files of {size / 1e6:.1f} MB together", flush=True)
+        measured = []
         for name, command in commands.items():
             before, t0 = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
             subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
             after, elapsed = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - t0
-            cpu = cpu_seconds[name] = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-            print(f"{name}: {cpu:.1f} s of processor time, {text_bytes / 1e6 / cpu:.1f} MB/s a core; {elapsed:.1f} s")
+            cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+            measured.append((cpu, elapsed))
+            print(
+                f"{name}: {cpu:.1f} s of processor time, {text_bytes / 1e6 / cpu:.1f} MB/s a core; {elapsed:.1f} s, "
+                f"{measured[0][1] / elapsed:.2f} times as fast as the first",
+                flush=True,
+            )
         if peer == "per-document":
-            mine, theirs = cpu_seconds.values()
-            same = np.array_equal(read_tokens(Path(folder, "ours")), read_tokens(Path(folder, "peer")))
+            (mine, _), (theirs, _) = measured[0], measured[-1]
+            folders = sorted(path for path in Path(folder).iterdir() if path != corpus)
+            same = all(np.array_equal(read_tokens(folders[0]), read_tokens(other)) for other in folders[1:])
             print(f"{theirs / mine:.2f} times less processor time; tokens {'identical' if same else 'DIFFER'}")
             if not same:
                 raise ValueError("the tokens differ from the peer's")
