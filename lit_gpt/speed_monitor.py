@@ -1,4 +1,6 @@
-"""How fast a step is, and how fast it could be: FLOPs from the Config, peaks from the data sheets."""
+"""How fast a step is, how fast it could be, and what a run takes: FLOPs from the Config, peaks from the data sheets."""
+
+from dataclasses import dataclass
 
 import torch
 
@@ -49,10 +51,6 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return None
 
 
-# Memory of some cards that a process can have, in bytes.
-CARDS = {"RTX 3090/4090": 24e9, "A100-40G": 42e9, "A100-80G": 84e9, "H100": 84e9}
-
-
 def memory_plan(config: Config, n_tokens: int, recompute: bool = False, sharers: int = 1) -> dict[str, float]:
     """Bytes that one GPU holds at the peak of a bf16 step over n_tokens, with the fused kernels, by what they are for.
 
@@ -88,3 +86,124 @@ def largest_micro_batch(config: Config, memory: float, recompute: bool = False) 
     while sum(memory_plan(config, (sequences + 1) * config.block_size, recompute).values()) <= 0.95 * memory:
         sequences += 1
     return sequences * config.block_size
+
+
+# --- a run before it is started --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    memory: float
+    """Bytes that a process can have."""
+    tflops: float
+    """Dense bf16, of the data sheet."""
+    mfu: float
+    """That one of them reaches alone, in the convention of flops_per_token."""
+    link: float
+    """Bytes a second that a GPU sends, and receives, in a collective inside its node."""
+
+
+# MFU: H100 and H200 by pretrain/LOG.md (60.9% with tiny_LLaMA_1b, 62.8 to 65.6% with tinyllama3); A100 by TinyLlama's
+# 24,000 tokens/s, communication included; the others assumed to be no better. Links: NVLink at about 70% of the sheet.
+GPUS = {
+    "H200": Gpu(150e9, 989, 0.61, 300e9),
+    "H100": Gpu(84e9, 989, 0.61, 300e9),
+    "A100-80G": Gpu(84e9, 312, 0.568, 200e9),
+    "A100-40G": Gpu(42e9, 312, 0.568, 200e9),
+    "L40S": Gpu(48e9, 362, 0.45, 20e9),
+    "RTX4090": Gpu(24e9, 165, 0.5, 10e9),
+    "RTX3090": Gpu(24e9, 71, 0.5, 10e9),
+}
+PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will take, by arithmetic: see `plan_run`."""
+
+    gpu: str
+    n_gpus: int
+    sharding: str
+    """optimizer or fsdp, as pretrain/tinyllama.py's."""
+    memory: dict[str, float]
+    """Bytes on each GPU, by what for."""
+    tokens_per_s_per_gpu: float
+    communication: float
+    """Share of the time in which GPUs wait for each other's data."""
+    days: float
+    usd: float
+
+    def __str__(self) -> str:
+        known, total = GPUS[self.gpu], sum(self.memory.values())
+        parts = ", ".join(f"{name} {n_bytes / 1e9:.1f}" for name, n_bytes in self.memory.items())
+        fits = "" if total < 0.95 * known.memory else " DOES NOT FIT: smaller --micro_batch_size, or --recompute true"
+        return (
+            f"plan for {self.n_gpus} x {self.gpu}"
+            + (f", --sharding {self.sharding}\n" if self.n_gpus > 1 else "\n")
+            + f"memory: {total / 1e9:.1f} of {known.memory / 1e9:.0f} GB ({parts}){fits}\n"
+            f"speed: {self.tokens_per_s_per_gpu:,.0f} tokens/s a GPU, {self.n_gpus * self.tokens_per_s_per_gpu:,.0f} "
+            f"in all; {self.communication:.1%} of the time is communication\n"
+            f"time: {self.days:.1f} days, {24 * self.days * self.n_gpus:,.0f} GPU-hours, ${self.usd:,.0f}"
+        )
+
+
+def plan_run(
+    config: Config,
+    gpu: str,
+    n_gpus: int,
+    *,
+    tokens: float,
+    global_batch_tokens: int,
+    micro_batch_size: int,
+    recompute: bool = False,
+    network: float = 25e9,
+    usd_per_hour: float = 2.0,
+) -> RunPlan:
+    """Sharding, memory, speed, days and cost of `tokens` on n_gpus, PER_NODE in a node.
+
+    An optimizer step computes at the GPU's MFU and then exchanges, nothing hidden: with `optimizer`, fp32 gradients and
+    bf16 weights inside a node, and between nodes the sums of a share of the gradients; with `fsdp`, bf16 weights twice
+    a micro-batch, hidden behind computing where there is enough of it.
+
+    Args:
+        network: bytes a second between nodes, for each GPU.
+
+    Raises:
+        ValueError: a GPU that is not in GPUS.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"no figures for the GPU {gpu!r}; known: {', '.join(GPUS)}")
+    known, sharers = GPUS[gpu], min(n_gpus, PER_NODE)
+    nodes = -(-n_gpus // PER_NODE)
+    n_tokens = micro_batch_size * config.block_size
+    memory = memory_plan(config, n_tokens, recompute, sharers)
+    n = memory["parameters, bf16"] / 2
+    alone = known.mfu * known.tflops * 1e12 / flops_per_token(config) * (0.75 if recompute else 1)
+    compute_s = global_batch_tokens / n_gpus / alone
+    inside, between = (sharers - 1) / sharers / known.link, (nodes - 1) / nodes / network
+    sharding = "optimizer"
+    exchange_s = 6 * n * inside + 2 * 4 * n / sharers * between
+    if sum(memory.values()) > 0.95 * known.memory and n_gpus > 1:
+        sharding = "fsdp"
+        block = n / config.n_layer
+        for name in ("parameters, fp32", "gradients, fp32", "Adam's moments, fp32"):
+            memory[name] = (8 if "moments" in name else 4) * n / n_gpus
+        memory["parameters, bf16"] = 2 * 2 * block  # the layer that computes and the one that is on its way
+        micro_batches = global_batch_tokens / n_gpus / n_tokens
+        volume = (2 * 2 * micro_batches + 4) * n
+        exchange_s = volume * (n_gpus - 1) / n_gpus / (known.link if nodes == 1 else network)
+        exchange_s = max(0.1 * exchange_s, exchange_s - compute_s)
+    step_s = compute_s + exchange_s
+    speed = global_batch_tokens / n_gpus / step_s
+    days = tokens / (speed * n_gpus) / 86400
+    return RunPlan(gpu, n_gpus, sharding, memory, speed, exchange_s / step_s, days, 24 * days * n_gpus * usd_per_hour)
+
+
+def known_gpu(device: torch.device) -> str | None:
+    """The key of GPUS that a device is, if any."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).replace("GeForce ", "").replace("RTX ", "RTX")
+    large = torch.cuda.get_device_properties(device).total_memory > 60e9
+    name = name.replace("A100", "A100-80G" if large else "A100-40G")
+    return next((gpu for gpu in GPUS if gpu in name), None)

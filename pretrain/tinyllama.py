@@ -42,7 +42,7 @@ from lit_gpt.optim import SpikeGuard, clip_and_step, lr_at, param_groups
 from lit_gpt.packed_dataset import DocumentBatch, PackedDataset, PackedLoader, ValidationSet
 from lit_gpt.pretrained import open_pretrained
 from lit_gpt.sharding import ShardedWeights
-from lit_gpt.speed_monitor import flops_per_token, memory_plan, peak_flops
+from lit_gpt.speed_monitor import RunPlan, flops_per_token, known_gpu, memory_plan, peak_flops, plan_run
 from lit_gpt.tokenizer import Tokenizer
 
 
@@ -162,17 +162,25 @@ class TrainArgs:
     """metrics.csv is written in any case."""
     profile_step: int | None = None
     """Write a trace of this step to the run's folder, for chrome://tracing or ui.perfetto.dev."""
+    plan: str | None = None
+    """Only say what this run would take on such GPUs, 8 in a node, e.g. 16xA100-40G: sharding, memory, speed, days."""
+    plan_network: float = 25.0
+    """GB/s between nodes for each GPU, for the plan."""
+    plan_usd_per_hour: float = 2.0
+    """Price of a GPU, for the plan."""
 
     def accumulation(self, block_size: int, world_size: int) -> int:
         """Micro-batches of each device in one optimizer step."""
         return self.global_batch_tokens // (block_size * self.micro_batch_size * world_size)
 
-    def steps(self, dataset_tokens: int) -> int:
+    def steps(self, dataset_tokens: int | None) -> int:
         """The horizon in optimizer steps, whatever unit it was given in."""
         if self.max_steps is not None:
             return self.max_steps
         tokens = self.max_tokens or 3_000_000_000_000
         if self.max_epochs is not None:
+            if dataset_tokens is None:
+                raise ValueError("--max_epochs cannot be planned without the data: give --max_tokens or --max_steps")
             tokens = self.max_epochs * dataset_tokens
         return int(tokens // self.global_batch_tokens)
 
@@ -203,6 +211,12 @@ class TrainArgs:
 def main(args: TrainArgs) -> int:
     """Returns the exit code."""
     config = Config.from_name(args.model, **args.model_overrides)
+    if args.plan:
+        count, _, gpu = args.plan.partition("x")
+        if not count.isdecimal() or int(count) < 1:
+            raise ValueError(f"--plan {args.plan} is not a number of GPUs and their type, as in 16xA100-40G")
+        print(plan(args, config, gpu, int(count), args.steps(dataset_tokens=None)))
+        return 0
     fabric = launch(args, config)
     environment = getattr(fabric.strategy, "cluster_environment", None)
     address = (environment.main_address, environment.main_port) if fabric.world_size > 1 else ("", 0)
@@ -300,6 +314,10 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
         f"x {args.accumulation(config.block_size, fabric.world_size)} micro-batches x {fabric.world_size} device(s)\n"
         f"run: steps {step:,} to {max_steps:,}, {max_steps * args.global_batch_tokens:,} tokens; {run_dir}"
     )
+    if gpu := known_gpu(fabric.device):
+        expected = plan(args, config, gpu, fabric.world_size, max_steps - step)
+        if expected.days > 1 / 24:
+            fabric.print(expected)
     if fabric.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         if tokenizer:
@@ -574,6 +592,20 @@ def launch(args: TrainArgs, config: Config) -> Fabric:
     if not fabric.is_global_zero:
         warnings.simplefilter("ignore")  # rank 0 says it for all
     return fabric
+
+
+def plan(args: TrainArgs, config: Config, gpu: str, n_gpus: int, steps: int) -> RunPlan:
+    return plan_run(
+        config,
+        gpu,
+        n_gpus,
+        tokens=steps * args.global_batch_tokens,
+        global_batch_tokens=args.global_batch_tokens,
+        micro_batch_size=args.micro_batch_size,
+        recompute=args.recompute,
+        network=args.plan_network * 1e9,
+        usd_per_hour=args.plan_usd_per_hour,
+    )
 
 
 def sharing(args: TrainArgs, fabric: Fabric) -> str:

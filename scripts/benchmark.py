@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py step --kernels '[auto, compile]' --micro_batch_size 16
 python scripts/benchmark.py step --peer '[litgpt, hf-liger]' --micro_batch_size 8
+python scripts/benchmark.py step --precision '[bf16, fp8]' --peer torchao-fp8
 python scripts/benchmark.py scaling --devices '[1, 2]'       # several GPUs against one
 python scripts/benchmark.py kernels
 python scripts/benchmark.py attention
@@ -30,21 +31,21 @@ from lit_gpt.kernels.attention import NAMES as ATTENTIONS
 from lit_gpt.kernels.attention import load, usable
 from lit_gpt.model import GPT
 from lit_gpt.optim import clip_and_step, param_groups
-from lit_gpt.speed_monitor import CARDS, flops_per_token, largest_micro_batch, memory_plan, peak_flops
+from lit_gpt.speed_monitor import GPUS, flops_per_token, largest_micro_batch, memory_plan, peak_flops
 
-PEERS = ("litgpt", "hf", "hf-liger", "autocast")
+PEERS = ("litgpt", "hf", "hf-liger", "autocast", "torchao-fp8")
 
 # --- a training step -------------------------------------------------------------------------------------------------
 
 
 def step(
     model: str = "tiny_LLaMA_1b",
-    kernels: list[str] | None = None,
-    micro_batch_size: list[int] | None = None,
+    kernels: list[str] | str = "auto",
+    micro_batch_size: list[int] | int = 16,
     accumulation: int = 4,
     steps: int = 8,
-    precision: str = "bf16",
-    peer: list[str] | None = None,
+    precision: list[str] | str = "bf16",
+    peer: list[str] | str = [],  # noqa: B006 (jsonargparse reads it)
     recompute: bool = False,
     memory_limit_gb: float | None = None,
     profile: bool = False,
@@ -55,13 +56,14 @@ def step(
 
     Args:
         model: a preset of lit_gpt/config.py.
-        kernels: backends, as pretrain/tinyllama.py's --kernels. Default: auto, or none if there are peers.
-        micro_batch_size: sequences of the model's block_size in one forward and backward. Default: 16.
+        kernels: backends, as pretrain/tinyllama.py's --kernels.
+        micro_batch_size: sequences of the model's block_size in one forward and backward.
         accumulation: micro-batches in an optimizer step.
         steps: optimizer steps that are timed, after 3 that are not.
-        precision: bf16 (over fp32 parameters, moments and gradients) or fp32.
+        precision: of ours: bf16 or fp8 (over fp32 parameters, moments and gradients), or fp32.
         peer: other implementations of the same model, under torch.compile and bf16 autocast: litgpt, hf (transformers),
-            hf-liger (with Liger's kernels, not compiled), autocast (ours, plain, blocks compiled).
+            hf-liger (with Liger's kernels, not compiled), autocast (ours, plain, blocks compiled); and torchao-fp8 (as
+            autocast, with torchao's tensorwise fp8 in the linear layers, and bf16 parameters and moments).
         recompute: compute each block's activations again in the backward.
         memory_limit_gb: let PyTorch have this much of the card's memory, in units of 1e9 bytes.
         profile: print where the device's time goes, by kernel.
@@ -72,13 +74,18 @@ def step(
     if memory_limit_gb is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(memory_limit_gb * 1e9 / total)
-    for name in peer or ():
+    kernels, precision, peer, micro_batch_size = (
+        value if isinstance(value, list) else [value] for value in (kernels, precision, peer, micro_batch_size)
+    )
+    for name in peer:
         if name not in PEERS:
             raise ValueError(f"--peer {name}: known are {', '.join(PEERS)}")
     rows = []
-    for name in [*(kernels or ([] if peer else ["auto"])), *(peer or [])]:
-        for size in micro_batch_size or [16]:
-            row = {"model": model, "kernels": name, "tokens": size * config.block_size, "accumulation": accumulation}
+    ours = [(name, p) for p in precision for name in kernels]
+    for name, precision in [*ours, *((name, "") for name in peer)]:
+        for size in micro_batch_size:
+            row = {"model": model, "kernels": name, "precision": precision, "tokens": size * config.block_size}
+            row["accumulation"] = accumulation
             t0 = time.perf_counter()
             try:
                 if name in PEERS:
@@ -99,7 +106,7 @@ def step(
 
 
 def build_ours(kernels: str, config: Config, device: torch.device, precision: str, recompute: bool):
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     heads = (config.n_head, config.n_query_groups, config.head_size)
     selected = select_kernels(kernels, device=device, dtype=dtype, heads=heads)
     print(selected.table(), flush=True)
@@ -107,7 +114,9 @@ def build_ours(kernels: str, config: Config, device: torch.device, precision: st
         model = GPT(config, selected)
     model.init_weights(1)
     model.recompute = recompute
-    if precision == "bf16":
+    if precision == "fp8":
+        model.train_in_fp8()
+    if precision != "fp32":
         model.compute_in(torch.bfloat16)
     if selected.compile_blocks:
         for block in model.transformer.h:
@@ -118,10 +127,17 @@ def build_ours(kernels: str, config: Config, device: torch.device, precision: st
 def build_peer(name: str, config: Config, device: torch.device) -> tuple[torch.nn.Module, Callable]:
     """A model, and the function of (idx, targets) that gives its summed loss."""
     c = config
-    if name == "autocast":
+    if name in ("autocast", "torchao-fp8"):
+        heads = (c.n_head, c.n_query_groups, c.head_size)
         with device:
-            model = GPT(config, select_kernels("compile", device=device, dtype=torch.bfloat16))
+            model = GPT(config, select_kernels("compile", device=device, dtype=torch.bfloat16, heads=heads))
         model.init_weights(1)
+        if name == "torchao-fp8":
+            from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+            model.bfloat16()
+            tensorwise = Float8LinearConfig.from_recipe_name("tensorwise")
+            convert_to_float8_training(model, config=tensorwise, module_filter_fn=lambda _, name: name != "lm_head")
         for block in model.transformer.h:
             block.compile()
         forward = model
@@ -151,7 +167,7 @@ def build_peer(name: str, config: Config, device: torch.device) -> tuple[torch.n
             return run(input_ids=idx, labels=idx, shift_labels=targets, use_cache=False).loss * idx.numel()
 
     def loss_of(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=name != "torchao-fp8"):
             return forward(idx, targets)
 
     return model, loss_of
@@ -415,9 +431,9 @@ def plan(model: str = "tiny_LLaMA_1b", micro_batch_size: int = 8, recompute: boo
     print(
         f"{f'total at {n_tokens:,} tokens':<40}{sum(memory_plan(config, n_tokens, recompute).values()) / 1e9:>8.2f} GB"
     )
-    for card, n_bytes in CARDS.items():
-        n = largest_micro_batch(config, n_bytes, recompute) // config.block_size
-        again = largest_micro_batch(config, n_bytes, recompute=True) // config.block_size
+    for card, gpu in GPUS.items():
+        n = largest_micro_batch(config, gpu.memory, recompute) // config.block_size
+        again = largest_micro_batch(config, gpu.memory, recompute=True) // config.block_size
         print(f"{card:<16}micro-batch of {n} sequences, {again} with recomputation")
 
 

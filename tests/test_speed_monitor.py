@@ -3,7 +3,7 @@ import torch
 
 from lit_gpt import MODELS, Config
 from lit_gpt.model import GPT
-from lit_gpt.speed_monitor import flops_per_token, largest_micro_batch, memory_plan, peak_flops
+from lit_gpt.speed_monitor import GPUS, flops_per_token, largest_micro_batch, memory_plan, peak_flops, plan_run
 
 
 def test_24k_tokens_a_second_on_an_a100_are_56_percent():
@@ -83,3 +83,46 @@ def test_largest_micro_batch_fits_and_the_next_does_not():
         assert (sum(memory_plan(config, tokens).values()) <= 0.95 * 42e9) == fits
     assert largest_micro_batch(config, 24e9, recompute=True) >= 4096
     assert largest_micro_batch(config, 10e9) == 0
+
+
+RECIPE = dict(tokens=3e12, global_batch_tokens=2_097_152)
+
+
+def test_plan_reproduces_tinyllamas_90_days():
+    """Its README: 3 trillion tokens in 90 days on 16 A100-40G, 24k tokens/s each, micro-batch 8."""
+    plan = plan_run(Config.from_name("tiny_LLaMA_1b"), "A100-40G", 16, micro_batch_size=8, **RECIPE)
+    assert plan.days == pytest.approx(90, abs=1) and plan.tokens_per_s_per_gpu == pytest.approx(24_000, rel=0.01)
+    assert plan.sharding == "optimizer" and sum(plan.memory.values()) < 40e9
+    assert plan.usd == pytest.approx(16 * 24 * plan.days * 2) and "90." in str(plan) and "NOT FIT" not in str(plan)
+
+
+@pytest.mark.parametrize(
+    "name, sequences, measured",
+    [("tiny_LLaMA_1b", 16, 82_315), ("tinyllama3_2b_32k", 6, 48_365), ("tinyllama3_2b", 4, 44_958)],
+)
+def test_plan_is_within_10_percent_of_speeds_measured_on_an_h100(name, sequences, measured):
+    plan = plan_run(Config.from_name(name), "H100", 1, micro_batch_size=sequences, **RECIPE)
+    assert plan.tokens_per_s_per_gpu == pytest.approx(measured, rel=0.1)
+
+
+def test_plan_shards_everything_where_the_matrices_alone_do_not_fit():
+    config = Config.from_name("tinyllama3_2b", n_layer=44)
+    assert plan_run(config, "A100-80G", 8, micro_batch_size=2, **RECIPE).sharding == "optimizer"
+    plan = plan_run(config, "RTX4090", 8, micro_batch_size=1, recompute=True, **RECIPE)
+    assert plan.sharding == "fsdp" and "NOT FIT" not in str(plan)
+    assert "DOES NOT FIT" in str(plan_run(config, "RTX4090", 1, micro_batch_size=1, **RECIPE))
+
+
+def test_plan_names_the_gpus_that_it_knows():
+    with pytest.raises(ValueError, match="no figures for the GPU 'TPU'; known: " + ", ".join(GPUS)):
+        plan_run(Config.from_name("tiny_LLaMA_1b"), "TPU", 1, micro_batch_size=1, **RECIPE)
+
+
+def test_more_nodes_are_faster_and_each_gpu_slower():
+    plans = [
+        plan_run(Config.from_name("tiny_LLaMA_1b"), "H100", n, micro_batch_size=8, **RECIPE) for n in (1, 8, 16, 64)
+    ]
+    assert all(
+        a.days > b.days and a.tokens_per_s_per_gpu > b.tokens_per_s_per_gpu
+        for a, b in zip(plans, plans[1:], strict=False)
+    )
