@@ -371,6 +371,9 @@ def _micro_batches(start: int, end: int | None, size: int, rank: int, world_size
         yield range(first + rank * size, first + (rank + 1) * size)
 
 
+HANGS_S = 600  # a worker that has not delivered for so long will not
+
+
 class PackedLoader:
     """Micro-batches for one rank, made by worker processes, with a state that is a count.
 
@@ -420,8 +423,16 @@ class PackedLoader:
             # DataLoader draws a seed for its workers; from the global generator that would change the run's dropout.
             generator=torch.Generator(),
             worker_init_fn=_outlive_signals,
+            timeout=HANGS_S if self.num_workers else 0,
         )
-        for batch in batches:
+        batches = iter(batches)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as e:  # DataLoader's: a worker was killed, or has hung
+                raise OSError(f"rank {self.rank} gets no data: {e}") from e
             if isinstance(batch, Exception):
                 raise batch
             self.sequences = self.sequences + step if end is None else min(self.sequences + step, end)
