@@ -22,6 +22,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -221,37 +222,47 @@ def together(action: Callable[[], Any], group: dist.ProcessGroup | None, on_rank
 
 
 def load(step_dir: Path, weights: Any, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore model, optimizer and RNG in place and return the meta of `save`. The files' checksums are compared first.
+    """Restore model, optimizer and RNG in place and return the meta of `save`. The files' checksums are compared.
 
     Raises:
-        ValueError: the checkpoint is not whole, or is of another model.
+        ValueError: the checkpoint is not whole, or is of another model; model and optimizer may be overwritten.
     """
     meta = check(step_dir)
-    verify(step_dir, meta)
     if isinstance(optimizer, torch.optim.AdamW):
         init_adam(optimizer)
     state = tensors(weights, optimizer)
-    try:
-        dcp.load(state, checkpoint_id=step_dir, no_dist=not dist.is_initialized())
-    except CheckpointException as e:
-        raise ValueError(f"{step_dir} cannot be loaded: {next(iter(e.failures.values()))[0]}") from e
+    with ThreadPoolExecutor(1) as beside:  # both need a processor more than they need the disk
+        verified = beside.submit(damaged, step_dir, meta)
+        try:
+            dcp.load(state, checkpoint_id=step_dir, no_dist=not dist.is_initialized())
+        except CheckpointException as e:
+            problem = verified.result() or next(iter(e.failures.values()))[0]
+            raise ValueError(f"{step_dir} cannot be loaded: {problem}{_other(step_dir)}") from e
+        refuse(verified.result())
     torch.set_rng_state(state["rng"])
     if isinstance(weights, ShardedWeights):
         weights.stale = True
     return meta
 
 
-def verify(step_dir: Path, meta: dict) -> None:
-    """Compare the files with their checksums, each rank its share of them. Raises: ValueError on all ranks."""
+def damaged(step_dir: Path, meta: dict) -> str | None:
+    """The first file whose checksum is not the one in `meta`, of this rank's share of them."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for name, file in sorted(meta["files"].items())[rank::world_size]:
+        if isinstance(file, dict) and file_checksum(step_dir / name) != file["xxh3_64"]:
+            return f"{step_dir / name} was damaged: its checksum is not the one in {META}{_other(step_dir)}"
+    return None
 
-    def compare() -> None:
-        for name, file in list(sorted(meta["files"].items()))[rank::world_size]:
-            if isinstance(file, dict) and file_checksum(step_dir / name) != file["xxh3_64"]:
-                raise OSError(f"{step_dir / name} was damaged: its checksum is not the one in {META}{_other(step_dir)}")
+
+def refuse(problem: str | None) -> None:
+    """Raise ValueError on all ranks if there is a problem on one."""
+
+    def fail() -> None:
+        if problem:
+            raise OSError(problem)
 
     try:
-        together(compare, None)
+        together(fail, None)
     except OSError as e:
         raise ValueError(str(e)) from e
 

@@ -1,7 +1,7 @@
 """The processes of a run: who is there, how fast they reach each other, and who has died.
 
     store = join(rank, world_size, address, port, device)     # a process group, or a message naming who is missing
-    print(self_check(mesh))
+    print(self_check(store, mesh, names))
     with Watch(rank, world_size, address, port) as watch:     # a rank that dies takes the others down, and is named
         watch.doing("waiting for data", step)
 
@@ -126,8 +126,11 @@ def ranges(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} " + ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def self_check(store: dist.Store, mesh: DeviceMesh) -> str:
+def self_check(store: dist.Store, mesh: DeviceMesh, names: tuple[str, ...]) -> str:
     """A line for each host with its ranks, then the mesh and the bandwidth of an all-gather in each of its dimensions.
+
+    Args:
+        names: of the mesh's dimensions, in the plural.
 
     Bandwidth is what a rank receives in a second: (n - 1)/n of the whole, NCCL's "bus bandwidth".
     """
@@ -142,7 +145,7 @@ def self_check(store: dist.Store, mesh: DeviceMesh) -> str:
             speed = all_gather_bandwidth(
                 mesh.get_group(dim), n, torch.device(mesh.device_type), 2**28 if on_gpu else 2**20
             )
-            lines.append(f"{mesh.mesh_dim_names[dim]} over {n}: all-gather at {speed / 1e9:.1f} GB/s")
+            lines.append(f"{n} {names[dim]}: all-gather at {speed / 1e9:.1f} GB/s")
     return "\n".join(lines)
 
 

@@ -150,6 +150,12 @@ class TrainArgs:
     """Steps between two validations; there is one at the end, too."""
     eval_sequences: int | None = 4096
     """Validate on at most this many sequences of each set, the same ones each time."""
+    eval_tasks: list[str] = field(default_factory=list)
+    """Tasks of lm_eval to score at each validation, e.g. [commonsense]; needs --tokenizer_path. See EVAL.md."""
+    eval_tasks_dir: Path | None = None
+    """Folder of task files, where there is no network."""
+    eval_limit: int = 100
+    """Questions of each task, the same ones each time."""
     save_interval: int = 1000
     """Steps between two checkpoints; there is one at the end, too."""
     keep_checkpoints: int = 3
@@ -250,6 +256,8 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
     max_steps = args.steps(sum(stream.tokens for stream in dataset.streams.values()))
     args.check(config.block_size, fabric.world_size, max_steps)
     tokenizer = args.tokenizer_path and Tokenizer(args.tokenizer_path)
+    if args.eval_tasks and not tokenizer:
+        raise ValueError("--eval_tasks needs --tokenizer_path")
     if tokenizer and dataset.tokenizer and tokenizer.sha256 != dataset.tokenizer["sha256"]:
         raise ValueError(f"--tokenizer_path {tokenizer.path} is not the tokenizer that made {args.train_data_dir}")
     if args.verify_data and fabric.is_global_zero:
@@ -324,7 +332,15 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
             (run_dir / "tokenizer").mkdir(exist_ok=True)
             shutil.copy(tokenizer.path, run_dir / "tokenizer")
         (run_dir / "args.json").write_text(json.dumps({"args": as_json(args), "model": config.to_dict()}, indent=1))
-    return train(fabric, args, model, weights, optimizer, loader, val_sets, guard, step, max_steps, run_dir, watch)
+    score_tasks = None
+    if args.eval_tasks:
+        from lit_gpt.evaluation import task_scorer
+
+        bos = "bos" in (dataset.delimiters or "")
+        where = dict(tasks_dir=args.eval_tasks_dir, limit=args.eval_limit)
+        score_tasks = task_scorer(model.module, tokenizer, args.eval_tasks, bos=bos, **where)
+    evaluation = (val_sets, score_tasks)
+    return train(fabric, args, model, weights, optimizer, loader, evaluation, guard, step, max_steps, run_dir, watch)
 
 
 def train(
@@ -334,22 +350,21 @@ def train(
     weights: torch.nn.Module | ShardedWeights,
     optimizer: torch.optim.AdamW,
     loader: PackedLoader,
-    val_sets: dict[str, ValidationSet],
+    evaluation: tuple[dict[str, ValidationSet], Callable[[], dict[str, float]] | None],
     guard: SpikeGuard,
     step: int,
     max_steps: int,
     run_dir: Path,
     watch: cluster.Watch,
 ) -> bool:
-    config, world_size = model.module.config, fabric.world_size
+    (val_sets, score_tasks), config, world_size = evaluation, model.module.config, fabric.world_size
     accumulation = args.accumulation(config.block_size, world_size)
     last_step = min(max_steps, args.stop_at_step or max_steps)
     if (end := loader.dataset.end) is not None:  # in sequences; the last batch may be smaller
         last_step = min(last_step, math.ceil(end / (args.global_batch_tokens // config.block_size)))
     fsdp = world_size > 1 and args.sharding == "fsdp"
     peak = peak_flops(fabric.device, "bf16" if args.precision == "bf16" else "tf32")
-    columns = tuple(f"{column}/{name}" for name in list(val_sets)[1:] for column in ("val_loss", "val_bits_per_byte"))
-    metrics = Metrics(run_dir, step, args.logger, as_json(args), columns) if fabric.is_global_zero else None
+    metrics = Metrics(run_dir, step, args.logger, as_json(args)) if fabric.is_global_zero else None
     checkpoints = Checkpointer(run_dir, args.keep_checkpoints, args.permanent_interval, report)
     checkpoints.reserve(weights, optimizer)
     interrupt, interrupted, profiler = Interrupt(), False, None
@@ -456,7 +471,7 @@ def train(
 
         # Validate.
         t_pause = time.perf_counter()
-        validated = bool(val_sets) and (step % args.eval_interval == 0 or done)
+        validated = bool(val_sets or score_tasks) and (step % args.eval_interval == 0 or done)
         if validated:
             watch.doing("validating", step)
             tokens = step * args.global_batch_tokens
@@ -468,6 +483,10 @@ def train(
                 # The first set is the run's validation loss, further ones have columns of their own.
                 of = f"/{name}" if row else ""
                 row |= {f"val_loss{of}": val_loss, f"val_bits_per_byte{of}": bits_per_byte}
+            if score_tasks is not None:
+                task_scores = score_tasks()
+                row |= {f"eval/{task}": value for task, value in task_scores.items()}
+                fabric.print(f"step {step}: " + ", ".join(f"{t} {100 * v:.1f}" for t, v in task_scores.items()))
             if metrics:
                 metrics.log(step, tokens=tokens, **row)
         if metrics and (validated or time.monotonic() > next_picture):
@@ -545,7 +564,7 @@ class Strategy(ModelParallelStrategy):
         rank, world_size = environment.global_rank(), environment.world_size()
         store = cluster.join(rank, world_size, environment.main_address, environment.main_port, self.root_device)
         super().setup_environment()
-        check = cluster.self_check(store, self.device_mesh)
+        check = cluster.self_check(store, self.device_mesh, ("copies of the model", "shards of each"))
         if rank == 0:
             print(check, flush=True)
 

@@ -83,7 +83,7 @@ def measure(cases: list[tuple[str, str]], tokens: int, accumulation: int, kernel
         torch.cuda.set_device(device)
     store = cluster.join(rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), device)
     if world_size > 1:
-        check = cluster.self_check(store, init_device_mesh(device.type, (1, world_size), mesh_dim_names=("", "all")))
+        check = cluster.self_check(store, init_device_mesh(device.type, (world_size,)), ("ranks",))
         if rank == 0:
             print(check, flush=True)
     for name, way in cases:
