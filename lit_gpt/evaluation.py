@@ -12,10 +12,9 @@ import functools
 import hashlib
 import json
 import os
-import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -424,8 +423,6 @@ def evaluate(
             f"{', '.join(unsafe)} runs programs that the model wrote, with time, memory and network cut off; "
             f"--allow_code_execution true allows it"
         )
-    random.seed(0)  # lm_eval draws examples
-    np.random.seed(1234)
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # lm_eval's own bars, several for each task
         return lm_eval.evaluator.evaluate(
             lm,
@@ -436,6 +433,41 @@ def evaluate(
             cache_requests=cache_requests,
             bootstrap_iters=1000,
         )
+
+
+def task_scorer(
+    model: GPT,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    *,
+    bos: bool,
+    tasks_dir: Path | None = None,
+    limit: int | None = 100,
+) -> Callable[[], dict[str, float]]:
+    """For a training run: load the tasks now, so that mistakes show before it starts; each call scores the model as it
+    is then, on the first `limit` questions of each task, and gives task -> score, and "commonsense", the average, where
+    the seven tasks are there. All ranks call it together.
+
+    Raises:
+        ValueError: a task wants text written, which a training run does not wait for.
+    """
+    tasks = load_tasks(names, tasks_dir)
+    if slow := [name for name, task in tasks["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]:
+        raise ValueError(
+            f"{', '.join(slow)}: the model would have to write text; evaluate it from a checkpoint instead"
+        )
+    lm = LitLM(model, tokenizer, bos=bos)
+
+    def score_tasks() -> dict[str, float]:
+        training = model.training
+        model.eval()
+        results = evaluate(lm, tasks, limit=limit)
+        model.train(training)
+        mean = average(results)
+        found = {name: value for name, (_, value, _) in scores(results).items()}
+        return found if mean is None else {**found, "commonsense": mean}
+
+    return score_tasks
 
 
 def scores(results: dict[str, Any]) -> dict[str, tuple[str, float, float | None]]:

@@ -21,29 +21,20 @@ FIELDS = (
 class Metrics:
     """Rows of run_dir/metrics.csv, mirrored to the loggers that were asked for. Use it on rank 0 alone."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        resume_step: int,
-        logger: str = "csv",
-        hparams: dict | None = None,
-        more_fields: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, run_dir: Path, resume_step: int, logger: str = "csv", hparams: dict | None = None) -> None:
         """
         Args:
             resume_step: rows of later steps, which the run is about to repeat, are dropped. 0 starts a new file.
             logger: "csv", "wandb" or "tensorboard"; the file is written in every case.
-            more_fields: columns beyond FIELDS, of this run.
         """
         self.path = run_dir / "metrics.csv"
-        rows = []
+        rows, fields = [], list(FIELDS)
         if resume_step and self.path.is_file():
             with self.path.open(newline="") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= resume_step]
-        self._file = self.path.open("w", newline="")
-        self._csv = csv.DictWriter(self._file, (*FIELDS, *more_fields), extrasaction="ignore")
-        self._csv.writeheader()
-        self._csv.writerows(rows)
+                reader = csv.DictReader(f)
+                rows = [row for row in reader if int(row["step"]) <= resume_step]
+                fields = list(dict.fromkeys((*FIELDS, *reader.fieldnames)))
+        self._write(fields, rows)
         self._wandb = self._tensorboard = None
         if logger == "wandb":
             import wandb
@@ -56,7 +47,19 @@ class Metrics:
 
             self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=resume_step + 1)
 
+    def _write(self, fields: list[str], rows: list[dict]) -> None:
+        self._file = self.path.open("w", newline="")
+        self._csv = csv.DictWriter(self._file, fields)
+        self._csv.writeheader()
+        self._csv.writerows(rows)
+
     def log(self, step: int, **values: Any) -> None:
+        """Add a row. A name that is new becomes a column, behind the others."""
+        if new := [name for name in values if name not in self._csv.fieldnames]:
+            self._file.close()
+            with self.path.open(newline="") as f:
+                rows = list(csv.DictReader(f))
+            self._write([*self._csv.fieldnames, *new], rows)
         self._csv.writerow({"step": step, **values})
         self._file.flush()
         if self._wandb is not None:

@@ -47,7 +47,7 @@ class Question:
     targets: Sequence[int]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the rotary tables made here may serve a training step later
 def score(model: GPT, pairs: Sequence[Pair], pack_tokens: int | None = None) -> Iterator[list[tuple[int, float, bool]]]:
     """(index of the pair, log p(continuation | context) in nats, whether greedy decoding would have written it), in
     lists as packs are done; the longest first.

@@ -29,3 +29,17 @@ def test_the_picture_is_drawn_from_what_there_is(tmp_path):
     plot_loss({"run": metrics.path}, tmp_path / "loss.png", levels={"unigram entropy": 3.0})
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.csv", "empty.png", "loss.png"}
+
+
+def test_a_new_name_becomes_a_column_and_outlives_a_resume(tmp_path):
+    metrics = Metrics(tmp_path, resume_step=0)
+    metrics.log(1, tokens=100, loss=2.0)
+    metrics.log(2, tokens=200, val_loss=2.1, **{"eval/piqa": 0.5, "val_loss/code": 1.0})
+    metrics.log(3, tokens=300, loss=1.5)
+    metrics.close()
+    Metrics(tmp_path, resume_step=2).log(3, tokens=300, loss=1.4)
+    assert read_metrics(tmp_path / "metrics.csv") == [
+        {"step": 1, "tokens": 100, "loss": 2.0},
+        {"step": 2, "tokens": 200, "val_loss": 2.1, "eval/piqa": 0.5, "val_loss/code": 1.0},
+        {"step": 3, "tokens": 300, "loss": 1.4},
+    ]
