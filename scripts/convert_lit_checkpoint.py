@@ -12,13 +12,8 @@ from typing import Literal
 import torch
 
 from lit_gpt.cli import one_line_errors, parse
-from lit_gpt.hf import export, shapes
-from lit_gpt.hf_tokenizer import export_tokenizer, starts_with_bos
-from lit_gpt.pretrained import difference_from_transformers, open_pretrained, refuse_other_tokenizer
-from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.weights import parse_bytes, whole_folder
-
-LOGITS_TOLERANCE = 1e-5  # relative to the largest logit; fp32 sums in another order give about 1e-6
+from lit_gpt.hf_folder import write_hf_folder
+from lit_gpt.weights import parse_bytes
 
 
 def main(
@@ -46,43 +41,26 @@ def main(
         rope_factor: How many times longer.
         overwrite: Replace out_dir if it exists.
     """
-    max_shard_bytes = parse_bytes(max_shard_size)
-    found = open_pretrained(checkpoint_dir, model_name).stretched(rope_scaling, rope_factor)
-    print(f"{found.path}: {found.config.name}")
-    tokenizer_path = tokenizer_path or found.tokenizer
-    if tokenizer_path is not None:
-        tokenizer = Tokenizer(tokenizer_path)
-        refuse_other_tokenizer(found, tokenizer)
-
-    with whole_folder(out_dir, overwrite) as folder:
-        special_ids = {}
-        if tokenizer_path is not None:
-            add_bos = "bos" in found.delimiters if found.delimiters else starts_with_bos(tokenizer_path)
-            length = found.config.block_size
-            special_ids = export_tokenizer(tokenizer_path, folder, add_bos=add_bos, max_length=length)
-        export(
-            found.config,
-            found.weights,
-            folder,
-            dtype=getattr(torch, dtype) if dtype else None,
-            max_shard_bytes=max_shard_bytes,
-            special_ids=special_ids,
-        )
-        config, size = found.config, sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        del found  # the check below holds a model of its own
-        difference = difference_from_transformers(folder)
-        if difference is not None and not difference <= LOGITS_TOLERANCE:
-            raise ValueError(
-                f"{out_dir} was not written: its logits differ from transformers' by {difference:.1e} of the largest"
-            )
-
-    parameters = sum(torch.Size(shape).numel() for shape in shapes(config).values())
-    print(f"{out_dir}: {parameters:,} parameters, {size:,} bytes; bit by bit what the checkpoint holds")
-    if difference is None:
+    written = write_hf_folder(
+        checkpoint_dir,
+        out_dir,
+        tokenizer_path=tokenizer_path,
+        model_name=model_name,
+        dtype=getattr(torch, dtype) if dtype else None,
+        max_shard_bytes=parse_bytes(max_shard_size),
+        rope_scaling=rope_scaling,
+        rope_factor=rope_factor,
+        overwrite=overwrite,
+    )
+    print(f"{written.source}: {written.config.name}")
+    print(
+        f"{out_dir}: {written.parameters:,} parameters, {written.n_bytes:,} bytes; bit by bit what the checkpoint holds"
+    )
+    if written.difference is None:
         print("logits not compared: transformers is not installed (pip install transformers)")
     else:
-        print(f"logits equal transformers' to {difference:.1e} of the largest")
-    if tokenizer_path is None:
+        print(f"logits equal transformers' to {written.difference:.1e} of the largest")
+    if written.tokenizer is None:
         print("no tokenizer is known for this checkpoint: give --tokenizer_path to have it written too")
 
 
