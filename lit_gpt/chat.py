@@ -21,6 +21,7 @@ from lit_gpt.kernels import select_kernels
 from lit_gpt.lora import ADAPTER_CONFIG, merge
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import load_model, open_pretrained, refuse_other_tokenizer
+from lit_gpt.retrieval import Documents, Passage, with_passages
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.weights import read_json
 
@@ -116,6 +117,19 @@ class ChatModel:
             raise PromptTooLong(f"the conversation has {len(prompt)} tokens and the model's context {block_size}")
         return Reply(self, prompt, sampling)
 
+    def ask(self, messages: list[Message], sampling: Sampling, documents: Documents | None = None) -> "Reply":
+        """As `reply`, in a conversation that may be longer than the context: its oldest exchanges are forgotten, and of
+        the passages that `documents` has for the last question those that fit go with it. See Reply.asked and .sources.
+        """
+        room, block_size = sampling.max_new_tokens, self.model.config.block_size
+        asked = self.forget_oldest(messages, room)
+        sources = documents.search(messages[-1]["content"]) if documents else []
+        while sources and len(self.template.prompt(with_passages(asked, sources))) + room > block_size:
+            sources = sources[:-1]
+        reply = self.reply(with_passages(asked, sources), sampling)
+        reply.asked, reply.sources = asked, sources
+        return reply
+
     def forget_oldest(self, messages: list[Message], room: int) -> list[Message]:
         """The conversation without its oldest exchanges, so that `room` tokens are left for a reply, or as many as the
         last question alone leaves. A system message stays."""
@@ -131,6 +145,10 @@ class Reply:
     finish_reason: str | None = None
     """"stop": the model ended its turn, or one of the stop texts came; "length": it was cut off."""
     completion_tokens: int = 0
+    asked: list[Message] = []
+    """From `ask`: what was not forgotten of the conversation."""
+    sources: list[Passage] = []
+    """From `ask`: what went with the question."""
 
     def __init__(self, chat: ChatModel, prompt: list[int], sampling: Sampling) -> None:
         self.chat, self.prompt, self.sampling = chat, prompt, sampling

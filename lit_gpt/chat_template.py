@@ -257,9 +257,10 @@ class ChatTemplate:
 
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         pad = {}
-        if config.get("pad_token") == self.end_of_turn and config.get("unk_token") not in (None, self.end_of_turn):
-            # What pads a batch is never asked for in training, and the end of a turn is.
-            pad = {"pad_token": config["unk_token"]}
+        if config.get("pad_token") == self.end_of_turn:
+            # What pads a batch should never be asked for in training, and the end of a turn is.
+            candidates = [config.get("unk_token"), self.bos_token, *self.tokenizer.special]
+            pad = {"pad_token": next(t for t in candidates if t in self.tokenizer.special and t != self.end_of_turn)}
         update("tokenizer_config.json", chat_template=self.source, eos_token=self.end_of_turn, **pad)
         update("tokenizer_config.json", split_special_tokens=False)  # a rendered template holds real ones
         update("special_tokens_map.json", eos_token=self.end_of_turn, **pad)

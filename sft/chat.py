@@ -13,10 +13,10 @@ from typing import Literal
 
 import torch
 
-from lit_gpt.chat import ChatModel, PromptTooLong, Sampling
+from lit_gpt.chat import ChatModel, Sampling
 from lit_gpt.chat_template import Message
 from lit_gpt.cli import one_line_errors, parse
-from lit_gpt.retrieval import Documents, with_passages
+from lit_gpt.retrieval import Documents
 
 HELP = "/reset  /system TEXT  /undo  /help  /quit; a backslash at the end of a line: more follows; Ctrl-C: enough"
 
@@ -80,7 +80,7 @@ def main(
         else:
             try:
                 history = exchange(chat, history, line, documents, sampling)
-            except (PromptTooLong, ValueError) as e:
+            except ValueError as e:
                 print(f"not sent: {e}", file=sys.stderr)
 
 
@@ -89,21 +89,20 @@ def exchange(
 ) -> list[Message]:
     """Print the reply as it is written; the conversation with it. Passages are for one question, and not kept."""
     asked = [*history, {"role": "user", "content": question}]
-    kept = chat.forget_oldest(asked, room=sampling.max_new_tokens)
-    found = documents.search(question) if documents else []
-    if len(kept) < len(asked):
-        print(f"(the first {len(asked) - len(kept)} messages no longer fit and are forgotten)", file=sys.stderr)
+    reply = chat.ask(asked, sampling, documents)
+    if len(reply.asked) < len(asked):
+        print(f"(the first {len(asked) - len(reply.asked)} messages no longer fit and are forgotten)", file=sys.stderr)
     words = ""
     try:
-        for piece in chat.reply(with_passages(kept, found), sampling):
+        for piece in reply:
             words += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         words += " ..."
     print()
-    for i, passage in enumerate(found, start=1):
+    for i, passage in enumerate(reply.sources, start=1):
         print(f"[{i}] {passage.source}")
-    return [*kept, {"role": "assistant", "content": words or "..."}]
+    return [*reply.asked, {"role": "assistant", "content": words or "..."}]
 
 
 def read(prompt: str) -> str | None:

@@ -272,6 +272,11 @@ def train(
     peak = peak_flops(fabric.device, "bf16" if args.precision == "bf16" else "tf32")
     metrics = Metrics(run_dir, step, args.logger, as_json(args)) if fabric.is_global_zero else None
     interrupt = Interrupt()
+    if step == 0 and len(val_rows):  # what there is to improve on
+        val_loss = validate(fabric, model, val_rows, args.micro_batch_size)
+        fabric.print(f"step 0: validation loss {val_loss:.4f} nats per trained token")
+        if metrics:
+            metrics.log(0, tokens=0, val_loss=val_loss)
     t0 = time.perf_counter()
     model.train()
 
