@@ -34,7 +34,7 @@ class Decoder:
         self.device = model.transformer.wte.weight.device
         dtype = compute(model.transformer.wte.weight).dtype
         self.cache = KVCache(c, batch_size, length, self.device, dtype)
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, Graph] = {}
         self._weights = weights_of(model)
         self._fused = None
         if self.device.type == "cuda" and model.kernels.decode is not None and fits_fused(model):
@@ -85,13 +85,14 @@ class Decoder:
         On a GPU the next step with the same T overwrites them.
         """
         if self.device.type != "cuda":
-            return self._forward(idx, position)
+            return self.forward(idx, position)
         T = idx.size(1)
         if T not in self._graphs:
-            self._graphs[T] = _Graph(self._forward, idx, position)
+            self._graphs[T] = Graph(self.forward, idx, position)
         return self._graphs[T](idx, position)
 
-    def _forward(self, idx: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def forward(self, idx: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """As `step`, without a graph of its own: to be part of a larger one."""
         positions = position[:, None] + torch.arange(idx.size(1), device=idx.device)  # (B, T)
         forward = self.model
         if self._fused is not None and idx.numel() <= self._fused.MAX_ROWS:
@@ -154,23 +155,24 @@ def fits_fused(model: GPT) -> bool:
     return model.config.family == "llama" and all(type(layer) in (Linear, Int8Linear) for layer in layers)
 
 
-class _Graph:
-    """function(idx, position), captured for one shape of idx."""
+class Graph:
+    """function(*tensors), which returns a tensor or several, as a CUDA graph for tensors of these shapes. Every call
+    overwrites what the one before returned."""
 
-    def __init__(self, function: Callable, idx: torch.Tensor, position: torch.Tensor) -> None:
-        self.idx, self.position = idx.clone(), position.clone()
-        # Warm up with the true arguments, so that all that is written to the cache is right: kernels are compiled.
+    def __init__(self, function: Callable, *inputs: torch.Tensor) -> None:
+        self.inputs = [t.clone() for t in inputs]
+        # Warm up with the true inputs, so that all that is written to a cache is right: kernels are compiled.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            function(self.idx, self.position)
+            function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits = function(self.idx, self.position)
+            self.outputs = function(*self.inputs)
 
-    def __call__(self, idx: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        self.idx.copy_(idx)
-        self.position.copy_(position)
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
         self.graph.replay()
-        return self.logits
+        return self.outputs

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lit_gpt.kernels.attention import cached_attention as reference
 
-MAX_ROWS = 8
+MAX_ROWS = 16
 """Rows of a step up to which these products are memory-bound and faster than a library's GEMM."""
 
 
@@ -66,10 +66,15 @@ def swiglu(
 def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, add: bool, tile=None) -> None:
     (M, K), N = x.shape, weight.size(0)
     assert M <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous() and y.is_contiguous()
-    rows = 1 if M == 1 else max(4, triton.next_power_of_2(M))  # fewer values, fewer compilations
-    block_n, block_k, warps = tile or _tile(rows, N, gated, scale is not None)
     pdl = has_pdl(x.device)
-    _linear[(triton.cdiv(N, block_n),)](
+    launch = {"launch_pdl": True} if pdl else {}
+    if M > 1 and norm is not None:  # a program of the product would norm all rows again
+        normed = torch.empty_like(x)
+        _rms_norm[(M,)](x, norm, normed, K, eps, PDL=pdl, BLOCK=triton.next_power_of_2(K), num_warps=4, **launch)
+        x, norm = normed, None
+    block_n, block_k, warps, stages = tile or _tile(M, N, gated, scale is not None)
+    kernel = _linear_one_row if M == 1 else _linear_few_rows
+    kernel[(triton.cdiv(N, block_n),)](
         x,
         x if norm is None else norm,
         weight,
@@ -81,28 +86,31 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
         N,
         eps,
         K=K,
-        ROWS=rows,
         NORM=norm is not None,
         GATED=gated,
         ADD=add,
         INT8=scale is not None,
         PDL=pdl,
-        ASM=scale is not None and x.is_cuda,
         BLOCK_N=block_n,
         BLOCK_K=min(block_k, triton.next_power_of_2(K)),
+        EARLY=FLAGS[0],
+        PREFETCH=FLAGS[1] and pdl,
         num_warps=warps,
-        num_stages=1,
-        **({"launch_pdl": True} if pdl else {}),
+        num_stages=stages,
+        **launch,
     )
 
 
-def _tile(rows: int, N: int, gated: bool, int8: bool) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_K, warps), by measurement on an H100."""
-    if rows > 1:
-        return 4, 1024, 4
+FLAGS = [True, True]
+
+
+def _tile(M: int, N: int, gated: bool, int8: bool) -> tuple[int, int, int, int]:
+    """(BLOCK_N, BLOCK_K, warps, stages), by measurement on an H100."""
+    if M > 1:
+        return (64, 128, 4, 4) if N > 8192 else (16, 256, 4, 4)
     if gated and int8:
-        return 2, 1024, 2
-    return (4, 1024, 4) if gated or N > 8192 else (8, 2048, 8)
+        return 2, 1024, 2, 1
+    return (4, 1024, 4, 1) if gated or N > 8192 else (8, 2048, 8, 1)
 
 
 def has_pdl(device: torch.device) -> bool:
@@ -110,98 +118,139 @@ def has_pdl(device: torch.device) -> bool:
 
 
 @triton.jit
-def _linear(
+def _linear_one_row(
     x, norm, weight, scale, up, up_scale, y, M, N, eps,
-    K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
-    INT8: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+    K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, INT8: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of up to ROWS rows. 1 / rms of a row is a factor of all its outputs, so x is read once, with the
-    weights. Plain multiplication and addition: the matrix units would wait for memory no less, and need 16 rows."""
+    """BLOCK_N outputs. 1 / rms of x is a factor of the whole product, so x is read once, with the weights."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    i = tl.arange(0, ROWS)[:, None]
-    m = tl.arange(0, ROWS)[None, :]
     rows = n.to(tl.int64)[:, None] * K + k[None, :]
     inside = (n < N)[:, None] & (k < K)[None, :]
-    # The first tile of weights does not depend on the kernel before: it is read while that one finishes.
+    # The first tile of weights does not depend on the kernel before: it is read while that one runs.
+    if PDL and EARLY:
+        gdc_launch_dependents()
     w = tl.load(weight + rows, inside, other=0.0)
     if GATED:
         u = tl.load(up + rows, inside, other=0.0)
+    if PREFETCH and K > BLOCK_K:
+        _prefetch(weight, n, N, BLOCK_K, K, BLOCK_N)
+        if GATED:
+            _prefetch(up, n, N, BLOCK_K, K, BLOCK_N)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
-    products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)  # of a single row, to be summed once, at the end
-    up_products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    total = tl.zeros((BLOCK_N, ROWS), tl.float32)
-    up_total = tl.zeros((BLOCK_N, ROWS), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)
+        if not EARLY:
+            gdc_launch_dependents()
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    up_total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
+        a = tl.load(x + start + k, start + k < K, other=0.0).to(tl.float32)
+        if NORM:
+            squares += a * a
+            a *= tl.load(norm + start + k, start + k < K, other=0.0).to(tl.float32)
         if start > 0:
             inside = (n < N)[:, None] & (start + k < K)[None, :]
             w = tl.load(weight + rows + start, inside, other=0.0)
             if GATED:
                 u = tl.load(up + rows + start, inside, other=0.0)
-        w32 = _int8_to_fp32(w) if ASM else w.to(tl.float32)
+        total += w.to(tl.float32) * a[None, :]
         if GATED:
-            u32 = _int8_to_fp32(u) if ASM else u.to(tl.float32)
-        inside = (i < M) & (start + k < K)[None, :]
-        a = tl.load(x + i * K + start + k[None, :], inside, other=0.0).to(tl.float32)  # (ROWS, BLOCK_K)
-        if NORM:
-            g = tl.load(norm + start + k, start + k < K, other=0.0).to(tl.float32)
-            squares += tl.sum(a * a, 1)
-            a *= g[None, :]
-        if ROWS == 1:
-            products += w32 * a
-            if GATED:
-                up_products += u32 * a
-        else:
-            total += tl.sum(w32[:, None, :] * a[None, :, :], 2)
-            if GATED:
-                up_total += tl.sum(u32[:, None, :] * a[None, :, :], 2)
-    if ROWS == 1:
-        total += tl.sum(products, 1)[:, None]
-        up_total += tl.sum(up_products, 1)[:, None]
+            up_total += u.to(tl.float32) * a[None, :]
+    r = 1.0
     if NORM:
-        r = tl.rsqrt(squares / K + eps)[None, :]
-        total *= r
-        up_total *= r
+        r = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    out = tl.sum(total, 1) * r
+    if INT8:
+        out *= tl.load(scale + n, n < N, other=0.0)
+    if GATED:
+        out_up = tl.sum(up_total, 1) * r
+        if INT8:
+            out_up *= tl.load(up_scale + n, n < N, other=0.0)
+        out = out * tl.sigmoid(out) * out_up
+    if ADD:
+        out += tl.load(y + n, n < N, other=0.0).to(tl.float32)
+    tl.store(y + n, out.to(y.dtype.element_ty), n < N)
+
+
+@triton.jit
+def _linear_few_rows(
+    x, norm, weight, scale, up, up_scale, y, M, N, eps,
+    K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, INT8: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of up to 16 rows, by the matrix units: weights (BLOCK_N, K) times x (K, 16)."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, 16)
+    k = tl.arange(0, BLOCK_K)
+    if PDL and EARLY:
+        gdc_launch_dependents()
+    if PREFETCH:
+        _prefetch(weight, n, N, 0, K, BLOCK_N)
+        if GATED:
+            _prefetch(up, n, N, 0, K, BLOCK_N)
+    if PDL:
+        gdc_wait()
+        if not EARLY:
+            gdc_launch_dependents()
+    total = tl.zeros((BLOCK_N, 16), tl.float32)
+    up_total = tl.zeros((BLOCK_N, 16), tl.float32)
+    rows = n.to(tl.int64)[:, None] * K
+    for start in range(0, K, BLOCK_K):
+        c = start + k
+        inside = (n < N)[:, None] & (c < K)[None, :]
+        w = tl.load(weight + rows + c[None, :], inside, other=0.0)
+        a = tl.load(x + m[:, None] * K + c[None, :], (m < M)[:, None] & (c < K)[None, :], other=0.0)
+        a = tl.trans(a)
+        total = tl.dot(w.to(a.dtype), a, total, input_precision="ieee")
+        if GATED:
+            u = tl.load(up + rows + c[None, :], inside, other=0.0)
+            up_total = tl.dot(u.to(a.dtype), a, up_total, input_precision="ieee")
     if INT8:
         total *= tl.load(scale + n, n < N, other=0.0)[:, None]
     if GATED:
         if INT8:
             up_total *= tl.load(up_scale + n, n < N, other=0.0)[:, None]
         total = total * tl.sigmoid(total) * up_total
-    where = y + m * N + n[:, None]
-    inside = (n < N)[:, None] & (m < M)
+    where = y + m[None, :] * N + n[:, None]
+    inside = (n < N)[:, None] & (m < M)[None, :]
     if ADD:
         total += tl.load(where, inside, other=0.0).to(tl.float32)
     tl.store(where, total.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
-def _int8_to_fp32(w):
-    """Four at a time, without the converter's quarter rate: 2²³ + 128 + w is a float whose last byte is w + 128."""
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 bytes;
-        xor.b32 bytes, $4, 0x80808080;
-        prmt.b32 $0, bytes, 0x4B000000, 0x7540;
-        prmt.b32 $1, bytes, 0x4B000000, 0x7541;
-        prmt.b32 $2, bytes, 0x4B000000, 0x7542;
-        prmt.b32 $3, bytes, 0x4B000000, 0x7543;
-        sub.f32 $0, $0, 0f4B000080;
-        sub.f32 $1, $1, 0f4B000080;
-        sub.f32 $2, $2, 0f4B000080;
-        sub.f32 $3, $3, 0f4B000080;
-        }
-        """,
-        "=f,=f,=f,=f,r",
-        [w],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=4,
-    )
+def _prefetch(weight, n, N, begin: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask L2 for columns begin to K of rows n, a line of 128 bytes at a time."""
+    LINE: tl.constexpr = 128 * 8 // weight.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (K - begin + LINE - 1) // LINE
+    AT_ONCE: tl.constexpr = 16
+    c = tl.arange(0, AT_ONCE)
+    for line in tl.static_range(0, LINES, AT_ONCE):
+        column = tl.minimum(begin + (line + c) * LINE, K - 1)  # beyond the end the last is asked for again
+        where = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + column[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [where.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _rms_norm(x, weight, y, K, eps, PDL: tl.constexpr, BLOCK: tl.constexpr):
+    k = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * K
+    w = tl.load(weight + k, k < K, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    a = tl.load(x + row + k, k < K, other=0.0).to(tl.float32)
+    a *= tl.rsqrt(tl.sum(a * a, 0) / K + eps) * w
+    tl.store(y + row + k, a.to(y.dtype.element_ty), k < K)
 
 
 # --- attention over the cache ----------------------------------------------------------------------------------------
@@ -225,7 +274,7 @@ def cached_attention(
     row_stride = 0 if positions.dim() == 1 else T
     _rope_into_cache[(B * T, G)](
         qkv, cos.contiguous(), sin.contiguous(), positions, q, cache.k, cache.v, T, S, row_stride, table_rows, G,
-        QUERIES=queries, D=D, HALF=cos.size(-1), SLOTS=triton.next_power_of_2(queries + 2), PDL=pdl,
+        QUERIES=queries, D=D, HALF=cos.size(-1), SLOTS=triton.next_power_of_2(queries + 2), PDL=pdl, EARLY=FLAGS[0],
         num_warps=2, **launch,
     )  # fmt: skip
 
@@ -241,7 +290,7 @@ def cached_attention(
     _attend[(B * G, tiles, splits)](
         q, cache.k, cache.v, positions, out, partial, cache.arrivals, T, S, row_stride, G, D**-0.5,
         QUERIES=queries, PADDED=padded_queries, D=D, BLOCK_T=block_t, BLOCK_S=ATTEND[0], SPLITS=splits,
-        PDL=pdl, num_warps=ATTEND[1], num_stages=ATTEND[2], **launch,
+        PDL=pdl, EARLY=FLAGS[0], num_warps=ATTEND[1], num_stages=ATTEND[2], **launch,
     )  # fmt: skip
     return out
 
@@ -258,6 +307,7 @@ def _splits(programs: int, S: int) -> int:
 def _rope_into_cache(
     qkv, cos, sin, positions, q, k_cache, v_cache, T, S, row_stride, table_rows, G,
     QUERIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One group of one token: queries rotated to q, the key rotated and the value as it is to their place in the cache.
     Slots are the group's heads in the fused projection: queries, key, value."""
@@ -269,8 +319,11 @@ def _rope_into_cache(
     inside = slot < QUERIES + 2
     rotates = (slot <= QUERIES) & (d < 2 * HALF)
     if PDL:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     table = (row % table_rows) * HALF + d % HALF
     c = tl.load(cos + table, d < 2 * HALF, other=1.0)
     s = tl.load(sin + table, d < 2 * HALF, other=0.0)
@@ -291,7 +344,7 @@ def _rope_into_cache(
 def _attend(
     q, k_cache, v_cache, positions, out, partial, arrivals, T, S, row_stride, G, scale,
     QUERIES: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens of one row of the batch, all queries of one group together: its keys and values are read once.
 
@@ -308,8 +361,11 @@ def _attend(
     d = tl.arange(0, D)
     inside = (t < T) & (h < QUERIES)
     if PDL:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     position = tl.load(positions + b * row_stride + t, t < T, other=-1).to(tl.int32)
     end = tl.max(position, 0) + 1
     row = ((b.to(tl.int64) * T + t) * G + group) * QUERIES + h

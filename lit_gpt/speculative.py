@@ -1,0 +1,458 @@
+"""Speculative decoding: a draft guesses a few tokens, the target looks at all of them in one pass, and what comes out
+is distributed as if the target had been alone (Leviathan et al. 2022, arXiv:2211.17192; Chen et al. 2023,
+arXiv:2302.01318).
+
+    speculator = Speculator(target, draft)         # two models with one tokenizer
+    speculator = Speculator(target)                # guesses by n-grams of the text itself, no second model
+    rows = speculator.generate([prompt_a, prompt_b], 100, temperature=0.8, top_p=0.95)
+    print(speculator.stats)
+
+Reading the weights is what a token costs, and a pass over five tokens reads them once. So the gain is the number of
+guesses that the target accepts, less the time of guessing.
+
+B batch, k guesses of each row in a pass, V ids.
+"""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lit_gpt.decoder import Decoder, Graph
+from lit_gpt.generate import ContextFull, check_prompts, check_settings, probabilities
+from lit_gpt.model import GPT
+from lit_gpt.pretrained import Pretrained
+from lit_gpt.tokenizer import Tokenizer
+
+MAX_GUESSES = 10
+NGRAM = 3
+"""Longest end of a text that is looked for in the text before."""
+
+
+def refuse_different_tokenizers(target: Pretrained, draft: Pretrained) -> None:
+    """Raise ValueError when the two models do not write with the same tokenizer, or it is not known of one."""
+    hashes = []
+    for found in (target, draft):
+        if found.tokenizer is None and found.tokenizer_sha256 is None:
+            raise ValueError(f"{found.path} holds no tokenizer: a draft and a target must be known to share one")
+        hashes.append(found.tokenizer_sha256 or Tokenizer(found.tokenizer).sha256)
+    if hashes[0] != hashes[1]:
+        raise ValueError(
+            f"{draft.path} (tokenizer sha256 {hashes[1][:12]}..) cannot draft for {target.path} (sha256 "
+            f"{hashes[0][:12]}..): their tokenizers differ, so an id of one means something else to the other"
+        )
+
+
+# --- the rule --------------------------------------------------------------------------------------------------------
+
+
+def accept(
+    p: torch.Tensor, q: torch.Tensor, guesses: torch.Tensor, uniform: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which guesses stay, and the token after them: together distributed as p, whatever q is.
+
+    Guess x is kept with probability min(1, p(x) / q(x)); at the first that is not, the token is drawn from what p has
+    more than q, max(0, p - q), normalised; if all are kept, from p's last (Leviathan et al., theorem in appendix A).
+
+    Args:
+        p: (B, k + 1, V), the target's distribution of each guess and of the token after the last.
+        q: (B, k, V), the distributions that the guesses were drawn from.
+        guesses: (B, k).
+        uniform: (B, k) in [0, 1).
+        noise: (B, V) exponentially distributed, to draw with.
+
+    Returns:
+        (B,) how many guesses stay; (B,) the token after those.
+    """
+    k = guesses.size(1)
+    p_guess = p[:, :k].gather(2, guesses[..., None])[..., 0]  # (B, k)
+    q_guess = q.gather(2, guesses[..., None])[..., 0]
+    kept = (uniform * q_guess < p_guess).long().cumprod(1).sum(1)  # (B,)
+    here = kept[:, None, None].expand(-1, 1, p.size(2))
+    q = torch.cat((q, torch.zeros_like(p[:, :1])), 1)  # after the last guess there is nothing to take off
+    rest = (p.gather(1, here) - q.gather(1, here)).clamp(min=0)[:, 0]
+    return kept, (rest / noise).argmax(-1)
+
+
+# --- drafts ----------------------------------------------------------------------------------------------------------
+
+
+class ModelDraft:
+    """Guesses of a smaller model, with a cache of its own."""
+
+    def __init__(self, model: GPT, vocab_size: int, batch_size: int, length: int) -> None:
+        self.decoder = Decoder(model, batch_size, min(length, model.config.block_size))
+        self.vocab_size = vocab_size
+
+        self.known = model.transformer.wte.weight.size(0)
+
+    def start(self, prompts: Sequence[Sequence[int]], copies: int) -> None:
+        self.decoder.prefill([[min(i, self.known - 1) for i in prompt] for prompt in prompts], copies)
+
+    def guess(
+        self,
+        before: torch.Tensor,
+        last: torch.Tensor,
+        position: torch.Tensor,
+        noise: torch.Tensor,
+        distribution: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """k guesses of what follows `last`, (B, k), and the distributions (B, k, V) that they were drawn from.
+
+        Args:
+            before, last: (B,) the last two tokens. The last but one may be a guess that this model has not read yet.
+            position: (B,) of the last.
+            noise: (k, B, V) to draw with.
+            distribution: of logits.
+        """
+        idx, position = torch.stack((before, last), 1), position - 1
+        guesses, q = [], []
+        for clocks in noise:
+            # Tables of embeddings are padded to different sizes; what this one does not know it never guesses.
+            logits = self.decoder.forward(idx.clamp(max=self.known - 1), position)[:, -1, : self.vocab_size]
+            logits = torch.nn.functional.pad(logits, (0, self.vocab_size - logits.size(1)), value=-torch.inf)
+            q.append(distribution(logits))
+            guesses.append((q[-1] / clocks).argmax(-1))
+            position = position + idx.size(1)
+            idx = guesses[-1][:, None]
+        return torch.stack(guesses, 1), torch.stack(q, 1)
+
+    def read(self, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor) -> None:
+        """Catch up with the text, without guessing."""
+        self.decoder.step(torch.stack((before, last), 1).clamp(max=self.known - 1), position - 1)
+
+    def keep(self, position: torch.Tensor, guesses: torch.Tensor, kept: torch.Tensor, token: torch.Tensor) -> None:
+        """Its cache holds the guesses; those that were wrong are overwritten."""
+
+    def room(self) -> int:
+        """Longest row that it can guess for, guesses included."""
+        return self.decoder.length
+
+
+class NgramDraft:
+    """Guesses that the text goes on as it did where it last read like this (prompt lookup decoding)."""
+
+    def __init__(self, vocab_size: int, batch_size: int, length: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.text = torch.zeros(batch_size, length + MAX_GUESSES + 2, dtype=torch.int64, device=device)
+
+    def start(self, prompts: Sequence[Sequence[int]], copies: int) -> None:
+        for i, prompt in enumerate(p for p in prompts for _ in range(copies)):
+            self.text[i, : len(prompt)] = torch.as_tensor(prompt)
+
+    def guess(
+        self,
+        before: torch.Tensor,
+        last: torch.Tensor,
+        position: torch.Tensor,
+        noise: torch.Tensor,
+        distribution: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ModelDraft.guess; all probability is on the guess."""
+        text, at = self.text, position[:, None]
+        text.scatter_(1, at, last[:, None])
+        slots = torch.arange(text.size(1), device=text.device)[None]
+        # How many tokens up to each slot equal those up to the end; the longest agreement counts, of several the last.
+        same = torch.ones_like(text, dtype=torch.bool)
+        agreement = torch.zeros_like(text)
+        for n in range(NGRAM):
+            same = same & (text.roll(n, 1) == text.gather(1, (at - n).clamp(min=0))) & (slots >= n) & (slots < at)
+            agreement += same
+        found = (agreement * text.size(1) + slots * (agreement > 0)).argmax(1, keepdim=True)  # (B, 1)
+        # Beyond the end the text is taken to repeat itself.
+        steps = torch.arange(len(noise), device=text.device)[None] % (at - found).clamp(min=1)
+        guesses = text.gather(1, found + 1 + steps)
+        q = torch.zeros(*guesses.shape, self.vocab_size, device=text.device).scatter_(2, guesses[..., None], 1.0)
+        return guesses, q
+
+    def read(self, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor) -> None:
+        """The text is there."""
+
+    def keep(self, position: torch.Tensor, guesses: torch.Tensor, kept: torch.Tensor, token: torch.Tensor) -> None:
+        """Write what stays behind the text: all guesses, then the token over the first that was wrong."""
+        k = guesses.size(1)
+        self.text.scatter_(1, position[:, None] + 1 + torch.arange(k, device=position.device), guesses)
+        self.text.scatter_(1, (position + kept + 1)[:, None], token[:, None])
+
+    def room(self) -> int:
+        return self.text.size(1)
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stats:
+    """What speculation has brought so far, over all calls of a Speculator."""
+
+    guessed: int = 0
+    accepted: int = 0
+    row_passes: int = 0
+    """Passes of the target, times the rows that were not done."""
+    tokens: int = 0
+    """That came out of these, those beyond an EOS included."""
+    seconds: float = 0.0
+    plain_s: list[float] = field(default_factory=list)
+    """Of single passes without guesses, which are made now and then to compare with."""
+    plain_rows: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the guesses that stayed."""
+        return self.accepted / max(1, self.guessed)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Of one row; without speculation it is 1."""
+        return self.tokens / max(1, self.row_passes)
+
+    @property
+    def speedup(self) -> float | None:
+        """Tokens/s with guesses over those without; None while there is nothing to compare."""
+        if not self.plain_s or not self.seconds:
+            return None
+        plain_token_s = statistics.median(s / n for s, n in zip(self.plain_s, self.plain_rows, strict=True))
+        return self.tokens / self.seconds * plain_token_s
+
+    def __str__(self) -> str:
+        speedup = f", {self.speedup:.2f} times as fast as without" if self.speedup else ""
+        return (
+            f"{100 * self.acceptance_rate:.0f}% of {self.guessed} guesses accepted, {self.tokens_per_pass:.2f} tokens "
+            f"per pass of the target{speedup}"
+        )
+
+
+class Speculator:
+    """A target, and what guesses for it.
+
+    Args:
+        target, draft: models with the same tokenizer; without a draft, n-grams of the text guess.
+        guesses: in each pass; None: as many as pay, by the acceptance and the times seen so far.
+    """
+
+    def __init__(self, target: GPT, draft: GPT | None = None, guesses: int | None = None) -> None:
+        if guesses is not None and not 1 <= guesses <= MAX_GUESSES:
+            raise ValueError(f"{guesses} guesses in a pass: give 1 to {MAX_GUESSES}")
+        self.target, self.draft, self.guesses = target, draft, guesses
+        self.stats = Stats()
+        self._passes: _Passes | None = None
+        self._kept_rate = 0.7  # of a guess, given that those before it were kept
+        self._pass_s: dict[int, float] = {}  # by the number of guesses
+
+    def stream(self, prompt: Sequence[int], max_new_tokens: int, *, eos_id: int | None = None, **sampling):
+        """The ids that follow a prompt, EOS included, as they are decided; as generate.stream.
+
+        Args:
+            sampling: temperature, top_k, top_p, min_p, generator, as for generate.decode.
+        """
+        rows: list[list[int]] = [[]]
+        said = 0
+        for _ in self._run([prompt], rows, max_new_tokens, eos_id, 1, **sampling):
+            yield from rows[0][said:]
+            said = len(rows[0])
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        eos_id: int | None = None,
+        num_samples: int = 1,
+        **sampling,
+    ) -> list[list[int]]:
+        """The ids that follow each prompt, EOS included; as generate.generate."""
+        rows: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
+        for _ in self._run(prompts, rows, max_new_tokens, eos_id, num_samples, **sampling):
+            pass
+        return rows
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: list[list[int]],
+        max_new_tokens: int,
+        eos_id: int | None,
+        num_samples: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[None]:
+        """Fill the rows, pass after pass.
+
+        Raises:
+            ContextFull: as generate.generate does.
+            ValueError: as generate.decode does.
+        """
+        check_settings(temperature, top_k, top_p, max_new_tokens, min_p)
+        check_prompts(self.target, prompts)
+        block_size, longest = self.target.config.block_size, max(map(len, prompts))
+        n = min(max_new_tokens, block_size - longest + 1)
+        settings = (temperature, top_k, top_p, min_p)
+        passes = self._passes
+        length = min(longest + n + MAX_GUESSES, block_size)
+        if passes is None or not passes.fits(len(rows), length, settings):
+            self._passes = passes = _Passes(self.target, self.draft, len(rows), length, settings)
+            self._pass_s.clear()
+        lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]
+        first = passes.start(prompts, num_samples, generator)
+        done = [self._append(row, [token], n, eos_id) for row, token in zip(rows, first, strict=True)]
+        yield
+        for i in range(1, n):
+            active = [i for i, d in enumerate(done) if not d]
+            if not active:
+                break
+            # Positions up to the last guess must exist; the last token of a row need not be looked at any more.
+            room = min(length, passes.draft.room()) - max(lengths[r] + len(rows[r]) for r in active)
+            left = n - min(len(rows[r]) for r in active) - 1
+            compare = i in (1, 3) or i % 32 == 0
+            k = 0 if compare else max(0, min(self.guesses or self._best(), room, left))
+            passes.prepare(k)
+            if k == 0 and room >= 0:
+                passes.draft.read(passes.before, passes.last, passes.position)
+            t0 = time.perf_counter()
+            kept, new = passes.run(k, done, generator)
+            elapsed_s = time.perf_counter() - t0
+            self._count(k, [kept[r] for r in active], elapsed_s)
+            for r in active:
+                done[r] = self._append(rows[r], new[r][: kept[r]] + new[r][-1:], n, eos_id)
+            yield
+        if n < max_new_tokens and not all(row[-1] == eos_id for row in rows):
+            raise ContextFull(block_size, rows)
+        stats = self.stats
+        if stats.speedup and stats.speedup < 1 and stats.row_passes >= 32:
+            warnings.warn(f"speculation does not pay here: {stats}", stacklevel=3)
+
+    @staticmethod
+    def _append(row: list[int], tokens: list[int], n: int, eos_id: int | None) -> bool:
+        """Add the tokens up to EOS or to n in all. Returns whether the row is done."""
+        for token in tokens:
+            row.append(token)
+            if token == eos_id or len(row) == n:
+                return True
+        return False
+
+    def _count(self, k: int, kept: list[int], elapsed_s: float) -> None:
+        stats = self.stats
+        if k == 0:
+            stats.plain_s.append(elapsed_s)
+            stats.plain_rows.append(len(kept))
+        else:
+            stats.guessed += k * len(kept)
+            stats.accepted += sum(kept)
+            stats.row_passes += len(kept)
+            stats.tokens += sum(kept) + len(kept)
+            stats.seconds += elapsed_s
+            tried = sum(min(n + 1, k) for n in kept)  # what comes after the first wrong one was not looked at
+            weight = 0.9 ** len(kept)
+            self._kept_rate = weight * self._kept_rate + (1 - weight) * min(sum(kept) / tried, 0.98)
+        known = self._pass_s.get(k)
+        self._pass_s[k] = elapsed_s if known is None else 0.8 * known + 0.2 * min(elapsed_s, 4 * known)
+
+    def _best(self) -> int:
+        """The number of guesses with the most tokens expected in a second.
+
+        A pass with k guesses, each kept with probability a, gives 1 + a + .. + aᵏ tokens; its time is what such passes
+        took, or else what the guesses of others seem to have cost.
+        """
+        seen = self._pass_s
+        if 0 not in seen or len(seen) < 2:
+            return 4
+        each = min(max(0.0, seen[k] - seen[0]) / k for k in seen if k)
+
+        def tokens_per_s(k: int) -> float:
+            return sum(self._kept_rate**i for i in range(k + 1)) / seen.get(k, seen[0] + k * each)
+
+        return max(range(1, MAX_GUESSES + 1), key=tokens_per_s)
+
+
+class _Passes:
+    """The state on the device, for one batch size and one way to sample: two caches, and the last two tokens of each
+    row. On a GPU a whole pass (guesses, the target's look at them, the choice) is one CUDA graph for each k."""
+
+    def __init__(self, target: GPT, draft: GPT | None, batch_size: int, length: int, settings: tuple) -> None:
+        self.settings, self.batch_size, self.length = settings, batch_size, length
+        self.V = target.config.vocab_size
+        self.target = Decoder(target, batch_size, length)
+        self.device = self.target.device
+        if draft is None:
+            self.draft = NgramDraft(self.V, batch_size, length, self.device)
+        else:
+            self.draft = ModelDraft(draft, self.V, batch_size, length)
+        self.noise: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.graphs: dict[int, Graph] = {}
+
+    def fits(self, batch_size: int, length: int, settings: tuple) -> bool:
+        return self.batch_size == batch_size and length <= self.length and self.settings == settings
+
+    def distribution(self, logits: torch.Tensor) -> torch.Tensor:
+        return probabilities(logits, *self.settings)
+
+    @torch.inference_mode()
+    def start(
+        self, prompts: Sequence[Sequence[int]], copies: int, generator: torch.Generator | None = None
+    ) -> list[int]:
+        """Read the prompts. Returns the first token of each row."""
+        p = self.distribution(self.target.prefill(prompts, copies))
+        if self.settings[0] == 0:
+            self.last = p.argmax(-1)
+        else:
+            self.last = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+        room = self.draft.room()
+        self.draft.start([p[:room] for p in prompts], copies)
+        lengths = [len(prompt) for prompt in prompts for _ in range(copies)]
+        self.before = torch.tensor([prompt[-1] for prompt in prompts for _ in range(copies)], device=self.device)
+        self.position = torch.tensor(lengths, device=self.device)
+        return self.last.tolist()
+
+    @torch.inference_mode()
+    def prepare(self, k: int) -> None:
+        """Have the noise for passes of k guesses, and on a GPU the graph: not part of their time."""
+        if k in self.noise:
+            return
+        shape = (k + 1, self.batch_size, self.V)
+        self.noise[k] = (
+            torch.ones(shape, device=self.device),
+            torch.full((self.batch_size, k), 0.5, device=self.device),
+        )
+        if self.device.type == "cuda":
+            self.graphs[k] = Graph(lambda *state: self._pass(k, *state), self.before, self.last, self.position)
+
+    @torch.inference_mode()
+    def run(
+        self, k: int, done: list[bool], generator: torch.Generator | None = None
+    ) -> tuple[list[int], list[list[int]]]:
+        """One pass. Returns for each row how many guesses stay, and its guesses with the token after them last."""
+        if any(done):  # they go on, at the beginning of their caches, where there is always room
+            stay = torch.tensor([not d for d in done], device=self.device)
+            self.position = self.position * stay + ~stay
+        exponential, uniform = self.noise[k]
+        if self.settings[0] != 0:
+            exponential.exponential_(generator=generator)
+            uniform.uniform_(generator=generator)
+        one_pass = self.graphs.get(k) or (lambda *state: self._pass(k, *state))
+        self.before, self.last, self.position, result = one_pass(self.before, self.last, self.position)
+        kept, *new = result.T.tolist()
+        return kept, [list(row) for row in zip(*new, strict=True)]
+
+    def _pass(
+        self, k: int, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The next (before, last, position), each (B,), and (B, k + 2): kept, the guesses, the token after."""
+        exponential, uniform = self.noise[k]
+        idx = last[:, None]
+        if k:
+            guesses, q = self.draft.guess(before, last, position, exponential[:k], self.distribution)
+            idx = torch.cat((idx, guesses), 1)
+        p = self.distribution(self.target.forward(idx, position))
+        if k:
+            kept, token = accept(p, q, guesses, uniform, exponential[k])
+        else:
+            kept, token = torch.zeros_like(last), (p[:, 0] / exponential[0]).argmax(-1)
+        self.draft.keep(position, idx[:, 1:], kept, token)
+        before = idx.gather(1, kept[:, None])[:, 0]
+        return before, token, position + kept + 1, torch.cat((kept[:, None], idx[:, 1:], token[:, None]), 1)

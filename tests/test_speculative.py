@@ -1,0 +1,214 @@
+"""Speculation changes nothing but the speed: greedy text is the target's, samples are distributed as the target's."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from lit_gpt import Config, speculative
+from lit_gpt.generate import ContextFull, generate, probabilities
+from lit_gpt.model import GPT
+from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
+from lit_gpt.speculative import Speculator, accept, refuse_different_tokenizers
+from tests.tiny import TINY, random_weights, write_lit_folder
+
+PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8, 8, 8]]
+
+
+def tiny(noise: float = 0.0, **overrides) -> GPT:
+    """The same random model each time; with noise a draft for it, less like it the more noise."""
+    config = Config(**{**TINY, **overrides})
+    weights = random_weights(config)
+    generator = torch.Generator().manual_seed(1)
+    for w in weights.values():
+        w += noise * w.std().nan_to_num() * torch.randn(w.shape, generator=generator)
+    return load_model(Pretrained(None, config, weights))
+
+
+def drafts() -> dict:
+    return {
+        "itself": tiny(),
+        "near": tiny(0.05),
+        "far": tiny(1.0),
+        "n-grams": None,
+        "smaller vocabulary": tiny(vocab_size=400),
+        "larger vocabulary": tiny(vocab_size=600),
+        "short context": tiny(0.05, block_size=16),
+    }
+
+
+@pytest.mark.parametrize("guesses", [None, 1, 4])
+@pytest.mark.parametrize("name", list(drafts()))
+def test_greedy_is_the_targets_greedy(name, guesses):
+    target = tiny()
+    speculator = Speculator(target, drafts()[name], guesses)
+    assert speculator.generate(PROMPTS, 40) == generate(target, PROMPTS, 40)
+    for prompt in PROMPTS[:2]:
+        assert list(speculator.stream(prompt, 25)) == generate(target, [prompt], 25)[0]
+    eos = generate(target, PROMPTS, 40)[1][9]
+    assert speculator.generate(PROMPTS, 40, eos_id=eos) == generate(target, PROMPTS, 40, eos_id=eos)
+    if name == "itself":
+        assert speculator.stats.acceptance_rate > 0.99
+        assert guesses is None or speculator.stats.tokens_per_pass > 0.8 * (guesses + 1)
+    if name == "far":
+        assert speculator.stats.acceptance_rate < 0.2
+
+
+def test_repeated_text_is_guessed_from_itself():
+    target = tiny()
+    with torch.no_grad():  # each token is followed by the next larger: a cycle of 8
+        for name, p in target.named_parameters():
+            p.zero_() if "proj" in name else None
+        target.transformer.wte.weight[:8] = torch.eye(8, 64) * 8
+        target.lm_head.weight.zero_()
+        target.lm_head.weight[:8] = torch.eye(8, 64).roll(1, 0)
+    prompt = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+    speculator = Speculator(target, guesses=4)
+    assert speculator.generate([prompt], 40) == [[(2 + i) % 8 for i in range(40)]]
+    assert speculator.stats.acceptance_rate == 1 and speculator.stats.tokens_per_pass == 5
+
+
+def test_the_context_limit_is_that_of_the_target_alone():
+    target = tiny(block_size=24)
+    speculator = Speculator(target, tiny(0.05, block_size=24))
+    assert speculator.generate(PROMPTS, 14) == generate(target, PROMPTS, 14)  # the longest fits just so
+    with pytest.raises(ContextFull, match="context of 24 tokens") as caught:
+        speculator.generate(PROMPTS, 30)
+    with pytest.raises(ContextFull) as alone:
+        generate(target, PROMPTS, 30)
+    assert caught.value.generated == alone.value.generated
+
+
+def expected(target: GPT, prompt: list[int], n: int, settings: dict) -> torch.Tensor:
+    """Probability of every continuation of n tokens, (V, ..., V)."""
+    V = target.config.vocab_size
+    p = torch.ones(())
+    with torch.inference_mode():
+        for i in range(n):
+            heads = [prompt + list(head) for head in itertools.product(range(V), repeat=i)]
+            logits = target(torch.tensor(heads))[:, -1, :V]
+            p = p[..., None] * probabilities(logits, **settings).view(*p.shape, V)
+    return p.flatten().double()
+
+
+def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
+    """The p-value of Pearson's test; cells that expect fewer than 10 are put together."""
+    n = counts.sum()
+    rare = p * n < 10
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None])).double()
+    want = torch.cat((p[~rare], p[rare].sum()[None])) * n
+    if want[-1] < 1:
+        counts, want = counts[:-1], want[:-1]
+    statistic = ((counts - want).square() / want).sum()
+    degrees = torch.tensor((len(want) - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(degrees, statistic / 2).item()
+
+
+def p_value(draft: str, guesses: int | None, n: int = 4, samples: int = 24_000, V: int = 6, **settings) -> float:
+    small = dict(vocab_size=V, n_layer=1, n_embd=32, n_head=2, n_query_groups=1, intermediate_size=48)
+    target = tiny(**small)
+    speculator = Speculator(target, None if draft == "n-grams" else tiny(0.5, **small), guesses)
+    prompt = [1, 2, 3, 1]
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(4):
+        rows += speculator.generate(
+            [prompt], n, num_samples=samples // 4, generator=generator, **{"temperature": 1.0, **settings}
+        )
+    cells = torch.tensor(rows) @ V ** torch.arange(n - 1, -1, -1)
+    p = expected(target, prompt, n, {"temperature": 1.0, **settings})
+    assert (p > 0.001).sum() > 20 and 0.1 < speculator.stats.acceptance_rate < 0.95
+    counts = torch.bincount(cells, minlength=len(p))
+    assert (counts[p == 0] == 0).all()
+    return chi_square(counts[p > 0], p[p > 0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", ["model", "n-grams"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(temperature=1.7), dict(temperature=1.5, top_k=3), dict(temperature=2.0, top_p=0.8), dict(min_p=0.1)],
+    ids=str,
+)
+def test_samples_are_distributed_as_the_targets(draft, settings):
+    assert p_value(draft, 2, **settings) > 1e-4
+
+
+BROKEN = {
+    "accepts too much": lambda p, q, g, u, noise: accept(p, q, g, u * 0.8, noise),
+    "accepts all": lambda p, q, g, u, noise: accept(p, q, g, u * 0, noise),
+    "draws the rest from p": lambda p, q, g, u, noise: (
+        (kept := accept(p, q, g, u, noise)[0]),
+        (p[torch.arange(len(p)), kept] / noise).argmax(-1),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", list(BROKEN))
+def test_the_test_sees_a_broken_rule(monkeypatch, rule):
+    monkeypatch.setattr(speculative, "accept", BROKEN[rule])
+    assert p_value("model", 2) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_greedy_of_200_prompts_equals_the_real_models(shared_data):
+    """A real model, and as its draft the same without its last layers."""
+    found = open_pretrained(shared_data / "models" / "stories260k")
+    target, draft = load_model(found), load_model(found)
+    del draft.transformer.h[3:]
+    object.__setattr__(draft, "config", Config(**{**found.config.to_dict(), "n_layer": 3}))
+    reference = json.loads((shared_data / "models" / "stories260k" / "REFERENCE.json").read_text())
+    text = [i for case in reference["greedy"] for i in case["prompt_ids"] + case["new_ids"]]
+    prompts = [text[i % (len(text) - 20) :][: 4 + i % 9] for i in range(0, 1400, 7)]
+    assert len({tuple(p) for p in prompts}) == 200
+    for pair in (Speculator(target, draft), Speculator(target)):
+        got = [row for i in range(0, 200, 50) for row in pair.generate(prompts[i : i + 50], 24)]
+        assert got == [row for i in range(0, 200, 50) for row in generate(target, prompts[i : i + 50], 24)]
+        assert pair.stats.accepted > 100
+
+
+def test_seeds():
+    speculator = Speculator(tiny(), tiny(0.05), 3)
+
+    def sample(seed: int) -> list[int]:
+        return speculator.generate([[5]], 20, temperature=1.0, generator=torch.Generator().manual_seed(seed))[0]
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_a_slow_draft_is_warned_of():
+    draft = tiny(1.0, n_layer=30)
+    with pytest.warns(UserWarning, match="speculation does not pay here: .* times as fast as without"):
+        Speculator(tiny(), draft).generate([[5]], 50)
+
+
+def test_the_number_of_guesses_adapts():
+    good, bad = Speculator(tiny(), tiny()), Speculator(tiny(), tiny(1.0))
+    for speculator in (good, bad):
+        speculator._pass_s = {0: 1.0, 4: 1.4}  # as measured: a tenth for each guess
+    for _ in range(200):
+        good._count(4, [4], 1.4)
+        bad._count(4, [0], 1.4)
+    assert good._best() == speculative.MAX_GUESSES and bad._best() == 1
+
+
+@pytest.mark.parametrize("guesses", [0, 11])
+def test_numbers_of_guesses_that_make_no_sense(guesses):
+    with pytest.raises(ValueError, match="give 1 to 10"):
+        Speculator(tiny(), None, guesses)
+
+
+def test_models_with_different_tokenizers_are_refused(tmp_path):
+    for name in ("a", "b", "none"):
+        write_lit_folder(tmp_path / name, tokenizer=name != "none")
+    a, b, none = (open_pretrained(tmp_path / name) for name in ("a", "b", "none"))
+    refuse_different_tokenizers(a, b)
+    with open(tmp_path / "b" / "tokenizer.model", "ab") as file:
+        file.write(b"\x12\x00")
+    with pytest.raises(ValueError, match="their tokenizers differ"):
+        refuse_different_tokenizers(a, b)
+    with pytest.raises(ValueError, match="none holds no tokenizer"):
+        refuse_different_tokenizers(a, none)
