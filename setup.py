@@ -35,7 +35,8 @@ setup(
     extras_require={
         "gpu": ["flash-attn", "xformers"],
         "eval": ["lm-eval>=0.4.8"],
-        "chat": ["gradio>=5"],
+        "chat": ["gradio>=6", "bm25s>=0.2"],
+        "qlora": ["bitsandbytes>=0.45"],
         "wandb": ["wandb"],
         "remote": ["s3fs>=2024.6"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],

@@ -121,7 +121,8 @@ class ChatModel:
         """As `reply`, in a conversation that may be longer than the context: its oldest exchanges are forgotten, and of
         the passages that `documents` has for the last question those that fit go with it. See Reply.asked and .sources.
         """
-        room, block_size = sampling.max_new_tokens, self.model.config.block_size
+        block_size = self.model.config.block_size
+        room = min(sampling.max_new_tokens, block_size // 4)  # a longer reply must not push everything out
         asked = self.forget_oldest(messages, room)
         sources = documents.search(messages[-1]["content"]) if documents else []
         while sources and len(self.template.prompt(with_passages(asked, sources))) + room > block_size:

@@ -9,6 +9,7 @@ process limited for adapters, and then Trainer, with padding as it comes and wit
 
 import csv
 import gc
+import itertools
 import os
 import runpy
 import statistics
@@ -19,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from lit_gpt.chat_data import load_conversations, pack_conversations
+from lit_gpt.chat_data import PackedRows, load_conversations, pack_conversations
 from lit_gpt.chat_template import ChatTemplate
 from lit_gpt.cli import one_line_errors, parse
 from lit_gpt.config import Config
@@ -41,7 +42,7 @@ def main(
     steps: int = 10,
     micro_batch_size: int = 8,
     global_batch_tokens: int = 32768,
-    trainer_batch_size: int = 8,
+    trainer_batch_size: int = 4,
     stages: list[str] = ["check", "qlora", "lora", "full", "trainer"],  # noqa: B006
 ) -> None:
     """Measure fine-tuning.
@@ -86,9 +87,9 @@ def main(
                 speeds["ours, QLoRA"] = finetune([*common, *flags], limit_gb=4)
             elif stage == "trainer":
                 per_step = max(1, round(global_batch_tokens / (report.tokens / report.kept) / trainer_batch_size))
-                for grouped in (False, True):
-                    name = f"Trainer with Liger, {'grouped by length' if grouped else 'as they come'}"
-                    speeds[name] = trainer(base, rows, steps, trainer_batch_size, per_step, grouped)
+                for dtype, grouped in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+                    name = f"Trainer with Liger, {dtype} weights, {'grouped by length' if grouped else 'as they come'}"
+                    speeds[name] = trainer(base, rows, steps, trainer_batch_size, per_step, dtype, grouped)
             else:
                 raise ValueError(f"--stages: unknown stage {stage!r}")
         except (RuntimeError, ImportError, SystemExit) as e:  # the others are still worth their time
@@ -114,7 +115,7 @@ def write_base(config: Config, tokenizer_path: Path, folder: Path) -> None:
         export(config, weights, temporary, special_ids=ids)
 
 
-def check(config: Config, rows) -> None:
+def check(config: Config, rows: PackedRows) -> None:
     """Packed through the selected kernels in bf16, against one after the other through the references in fp32."""
     small = Config(**{**config.to_dict(), "n_layer": 2})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,8 +170,15 @@ def finetune(flags: list, limit_gb: float | None = None) -> float:
     return statistics.median(speeds[WARMUP_STEPS:])
 
 
-def trainer(base: Path, rows, steps: int, batch_size: int, accumulation: int, grouped: bool) -> float:
-    """transformers' Trainer, as it is used: bf16 autocast over fp32 weights, fused AdamW, Liger's kernels."""
+def trainer(
+    base: Path, rows: PackedRows, steps: int, batch_size: int, accumulation: int, dtype: torch.dtype, grouped: bool
+) -> float:
+    """transformers' Trainer, as it is used: bf16 autocast, fused AdamW, Liger's kernels.
+
+    Args:
+        dtype: of the weights and of Adam's moments: float32 as ours, or bfloat16, which is faster and trains worse.
+        grouped: batches of conversations of about the same length.
+    """
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     examples = [
@@ -195,7 +203,7 @@ def trainer(base: Path, rows, steps: int, batch_size: int, accumulation: int, gr
             times.append((time.perf_counter(), seen["tokens"]))
 
     times: list[tuple[float, int]] = []
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     model.config.use_cache = False
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

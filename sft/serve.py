@@ -72,6 +72,9 @@ def read_request(body: dict[str, Any], max_tokens: int) -> tuple[list[Message], 
             raise BadRequest("messages: each needs a role and a content that is text")
         role = {"developer": "system"}.get(message["role"], message["role"])
         messages.append({"role": role, "content": content})
+    seed = field("seed", int, None)
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise BadRequest("seed has more than 64 bits")
     stop = field("stop", (str, list), [])
     stop = [stop] if isinstance(stop, str) else stop
     if len(stop) > 4 or not all(isinstance(text, str) and text for text in stop):
@@ -81,7 +84,7 @@ def read_request(body: dict[str, Any], max_tokens: int) -> tuple[list[Message], 
         temperature=float(field("temperature", (int, float), 1.0)),
         top_p=float(field("top_p", (int, float), 1.0)),
         max_new_tokens=min(asked, max_tokens),
-        seed=field("seed", int, None),
+        seed=seed,
         stop=tuple(stop),
     )
     with_usage = field("stream_options", dict, {}).get("include_usage") is True
@@ -132,6 +135,10 @@ class Handler(BaseHTTPRequestHandler):
         except (TypeError, ValueError):
             raise BadRequest("Content-Length is missing", 411) from None
         if not 0 <= length <= MAX_BODY_BYTES:
+            # A client reads the answer when it has sent everything, so what is not absurdly long is taken and dropped.
+            left = min(length, 10 * MAX_BODY_BYTES)
+            while left > 0 and (taken := len(self.rfile.read(min(left, 65536)))):
+                left -= taken
             raise BadRequest(f"the body has {length:,} bytes; {MAX_BODY_BYTES:,} are allowed", 413)
         try:
             body = json.loads(self.rfile.read(length))
