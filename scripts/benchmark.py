@@ -6,6 +6,7 @@ python scripts/benchmark.py step --precision '[bf16, fp8]' --peer torchao-fp8
 python scripts/benchmark.py scaling --devices '[1, 2]'       # several GPUs against one
 python scripts/benchmark.py kernels
 python scripts/benchmark.py attention
+python scripts/benchmark.py decode --peer '[hf, hf-static]'
 python scripts/benchmark.py plan --model tiny_LLaMA_1b      # memory; needs no GPU
 python scripts/benchmark.py prepare --source_path SlimPajama --tokenizer_path tokenizer/llama2   # data preparation
 
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmark_decode import decode
 from benchmark_prepare import prepare
 from benchmark_scaling import scaling
 
@@ -452,4 +454,4 @@ if __name__ == "__main__":
     from jsonargparse import auto_cli
 
     with one_line_errors():
-        auto_cli([step, scaling, kernels, attention, plan, prepare], as_positional=False)
+        auto_cli([step, scaling, kernels, attention, decode, plan, prepare], as_positional=False)
