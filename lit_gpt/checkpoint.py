@@ -269,15 +269,20 @@ def refuse(problem: str | None) -> None:
 
 def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
     """The model's parameters alone, whole, by name, on the CPU; no model and no process group needed."""
+    return load_tensors(step_dir, "model.")
+
+
+def load_tensors(step_dir: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with `prefix` ("model.", "optimizer.state."), whole, on the CPU, without it."""
     check(step_dir)
     stored = dcp.FileSystemReader(step_dir).read_metadata().state_dict_metadata
-    weights = {
-        name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
-        if name.startswith("model.")
+        if name.startswith(prefix)
     }
-    dcp.load({"model": weights}, checkpoint_id=step_dir, no_dist=True)
-    return weights
+    dcp.load(tensors, checkpoint_id=step_dir, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def check(step_dir: Path) -> dict:

@@ -17,8 +17,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -449,16 +449,17 @@ def train(
             elapsed_s = time.perf_counter() - t0
             speed = tokens_since / elapsed_s
             mfu = speed / world_size * flops_per_token(config) / peak if peak else None
-            metrics.log(
-                step,
-                tokens=step * args.global_batch_tokens,
-                loss=loss,
-                learning_rate=lr,
-                grad_norm=grad_norm,
-                tokens_per_s=round(speed),
-                data_wait_s=round(data_wait_s, 4),
-                **({"mfu": mfu} if mfu else {}),
-            )
+            with despite_a_full_disk():
+                metrics.log(
+                    step,
+                    tokens=step * args.global_batch_tokens,
+                    loss=loss,
+                    learning_rate=lr,
+                    grad_norm=grad_norm,
+                    tokens_per_s=round(speed),
+                    data_wait_s=round(data_wait_s, 4),
+                    **({"mfu": mfu} if mfu else {}),
+                )
             print(
                 f"step {step:>{len(str(max_steps))}}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
                 f"norm {grad_norm:.2f} | {speed / world_size:,.0f} tokens/s/device | "
@@ -488,10 +489,12 @@ def train(
                 row |= {f"eval/{task}": value for task, value in task_scores.items()}
                 fabric.print(f"step {step}: " + ", ".join(f"{t} {100 * v:.1f}" for t, v in task_scores.items()))
             if metrics:
-                metrics.log(step, tokens=tokens, **row)
+                with despite_a_full_disk():
+                    metrics.log(step, tokens=tokens, **row)
         if metrics and (validated or time.monotonic() > next_picture):
             t_plot = time.perf_counter()
-            plot_loss({args.name: metrics.path}, run_dir / "loss.png")
+            with despite_a_full_disk():
+                plot_loss({args.name: metrics.path}, run_dir / "loss.png")
             # Live, but drawing long runs takes seconds: at most 1% of the time.
             next_picture = time.monotonic() + max(60, 100 * (time.perf_counter() - t_plot))
 
@@ -678,6 +681,15 @@ def tokens_per_byte(val_set: ValidationSet) -> float:
     manifests = [m for stream in val_set.streams.values() for m in stream.manifests]
     n_bytes = sum(m.text_bytes for m in manifests)
     return sum(m.tokens for m in manifests) / n_bytes if n_bytes else math.nan
+
+
+@contextmanager
+def despite_a_full_disk() -> Iterator[None]:
+    """What is only told about a run does not end it."""
+    try:
+        yield
+    except OSError as e:
+        report(f"warning: not logged: {e}")
 
 
 def report(line: str) -> None:

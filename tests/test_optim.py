@@ -5,7 +5,7 @@ import torch
 
 from lit_gpt import Config
 from lit_gpt.model import GPT
-from lit_gpt.optim import clip_and_step, lr_at, param_groups
+from lit_gpt.optim import SpikeGuard, clip_and_step, init_adam, lr_at, param_groups
 
 RECIPE = dict(max_steps=1000, warmup_steps=100, learning_rate=4e-4, min_lr=4e-5)
 
@@ -80,3 +80,50 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     assert not clip_and_step(optimizer, 1.0).isfinite()
     after = [*model.parameters(), *optimizer.state[model.weight].values()]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    "loss, limits, taken", [(3.0, (2.9, 1e9), False), (3.0, (3.1, 1e9), True), (3.0, (9, 1e-9), False)]
+)
+def test_a_spike_changes_nothing(loss, limits, taken):
+    (model, optimizer), _ = two_models()
+    before = model.weight.clone()
+    model(torch.ones(1, 5)).sum().backward()
+    clip_and_step(optimizer, 1.0, torch.tensor(loss), limits)
+    assert torch.equal(model.weight, before) != taken and optimizer.found_inf.item() == (not taken)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is():
+    (model, optimizer), _ = two_models()
+    before = model.weight.clone()
+    model(torch.ones(1, 5)).sum().backward()
+    assert clip_and_step(optimizer, 1.0, torch.tensor(math.nan)).isfinite()
+    assert torch.equal(model.weight, before)
+
+
+def test_spikes_are_told_from_noise():
+    guard = SpikeGuard()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        loss, norm = (
+            (3 + 0.1 * torch.randn((), generator=generator)).item(),
+            1.0 + torch.rand((), generator=generator).item(),
+        )
+        max_loss, max_norm = guard.limits()
+        assert loss <= max_loss and norm <= max_norm
+        guard.add(loss, norm)
+    assert len(guard.history) == 128
+    max_loss, max_norm = guard.limits()
+    assert 3.4 < max_loss < 3.8 and 2.5 < max_norm < 4
+    assert SpikeGuard(list(guard.history)).limits() == guard.limits()  # as after a resume
+    assert SpikeGuard([[3.0, 1.0]] * 63).limits() == (math.inf, math.inf)
+
+
+def test_moments_made_beforehand_change_no_step():
+    (a, opt_a), (b, opt_b) = two_models()
+    init_adam(opt_a)
+    for _ in range(2):
+        for model, optimizer in ((a, opt_a), (b, opt_b)):
+            model(torch.ones(1, 5)).sum().backward()
+            optimizer.step()
+    assert torch.equal(a.weight, b.weight) and torch.equal(opt_a.state[a.weight]["step"], opt_b.state[b.weight]["step"])
