@@ -31,6 +31,8 @@ def main(
     seed: int = 1337,
     tokenizer_path: Path | None = None,
     model_name: str | None = None,
+    rope_scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none",
+    rope_factor: float = 1.0,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> None:
@@ -48,13 +50,15 @@ def main(
         seed: Of the choices.
         tokenizer_path: Folder or file; default: the one that is kept with the model.
         model_name: The preset of a .pth file that does not say.
+        rope_scaling: Stretch the model's context by one of these; default: as it is.
+        rope_factor: How many times longer.
         device: cpu, cuda or mps; auto takes a GPU if there is one.
         dtype: Of weights and arithmetic; default: bfloat16 on a GPU, float32 on a CPU.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, dtype) if dtype else torch.float32 if device == "cpu" else torch.bfloat16
-    found = open_pretrained(checkpoint_dir, model_name)
+    found = open_pretrained(checkpoint_dir, model_name).stretched(rope_scaling, rope_factor)
     tokenizer_path = tokenizer_path or found.tokenizer
     if tokenizer_path is None:
         raise ValueError(f"{checkpoint_dir} holds no tokenizer: give --tokenizer_path")
