@@ -301,6 +301,8 @@ def _compile(source: str, name: str):
     environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    # Some templates mark what the assistant says for transformers' return_assistant_tokens_mask; we find it ourselves.
+    source = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", source)
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as e:

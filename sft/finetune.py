@@ -40,7 +40,6 @@ from lit_gpt.metrics import Metrics, plot_loss
 from lit_gpt.model import GPT
 from lit_gpt.optim import clip_and_step, lr_at, param_groups
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained, refuse_other_tokenizer
-from lit_gpt.speed_monitor import flops_per_token, peak_flops
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.weights import whole_folder
 
@@ -265,11 +264,10 @@ def train(
 ) -> bool:
     """True when the run came to its last step; false when it was interrupted."""
     trained, optimizer, meta = state
-    run_dir, config = args.out_dir / args.name, model.module.config
+    run_dir = args.out_dir / args.name
     batch_rows = args.batch_rows(rows.block_size)
     eval_interval = args.eval_interval or math.ceil(len(rows) / batch_rows)
     last_step = min(max_steps, args.stop_at_step or max_steps)
-    peak = peak_flops(fabric.device, "bf16" if args.precision == "bf16" else "tf32")
     metrics = Metrics(run_dir, step, args.logger, as_json(args)) if fabric.is_global_zero else None
     interrupt = Interrupt()
     if step == 0 and len(val_rows):  # what there is to improve on
@@ -319,7 +317,6 @@ def train(
         done = step == last_step or interrupted
         if metrics:
             speed = n_tokens / (time.perf_counter() - t0)
-            mfu = speed / fabric.world_size * flops_per_token(config) / peak if peak else None
             metrics.log(
                 step,
                 tokens=meta["tokens_seen"],
@@ -327,12 +324,10 @@ def train(
                 learning_rate=lr,
                 grad_norm=grad_norm,
                 tokens_per_s=round(speed),
-                **({"mfu": mfu} if mfu else {}),
             )
             print(
                 f"step {step:>{len(str(max_steps))}}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
-                f"norm {grad_norm:.2f} | {n_tokens:,} tokens, {n_trained:,} of them trained | {speed:,.0f} tokens/s"
-                f"{f' | MFU {mfu:.1%}' if mfu else ''}",
+                f"norm {grad_norm:.2f} | {n_tokens:,} tokens, {n_trained:,} of them trained | {speed:,.0f} tokens/s",
                 flush=True,
             )
 

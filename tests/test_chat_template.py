@@ -151,6 +151,16 @@ def test_transformers_gives_the_same_ids(folders, tmp_path, kind):
         assert ids == template.prompt(CONVERSATION[:4])
 
 
+def test_marks_of_what_is_generated_are_overlooked(folders):
+    marked = TEMPLATES["zephyr"].replace(
+        "(message['content'] | trim) + eos_token",
+        "'' }}{%- generation %}\n{{ (message['content'] | trim) + eos_token }}{% endgeneration -%}\n{{ ''",
+    )
+    tokenizer = Tokenizer(folders["sentencepiece"])
+    template = ChatTemplate(marked, tokenizer, "</s>")
+    assert template.encode(CONVERSATION) == ChatTemplate.named("zephyr", tokenizer).encode(CONVERSATION)
+
+
 class TestWhatIsRefused:
     @pytest.mark.parametrize(
         "source, message",
