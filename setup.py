@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["lit_gpt", "lit_gpt.*"]),
+    package_data={"lit_gpt": ["*.html"]},
     # Ranges that should work; requirements.txt pins what was tested.
     install_requires=[
         "torch>=2.11",
@@ -34,7 +35,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn", "xformers"],
-        "eval": ["lm-eval>=0.4.8"],
+        "eval": ["lm-eval>=0.4.13,<0.5"],
         "chat": ["gradio>=6", "bm25s>=0.2"],
         "qlora": ["bitsandbytes>=0.45"],
         "wandb": ["wandb"],
