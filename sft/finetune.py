@@ -218,13 +218,17 @@ def main(args: FinetuneArgs) -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.peak_lr(), betas=(0.9, args.beta2), fused=True)
 
     # Resume: data, noise and learning rate follow from the step, the rest is in the checkpoint.
-    data = {"rows": len(train_rows), "tokens": report.tokens, "block_size": block_size, "template": template.name}
+    flags = ("method", "lora_rank", "global_batch_tokens", "seed")
+    fixed = {"rows": len(train_rows), "tokens": report.tokens, "block_size": block_size, "template": template.name}
+    fixed |= {flag: getattr(args, flag) for flag in flags}
     step = 0
-    meta = {"config": config.to_dict(), "data": data, "tokens_seen": 0, "best": None}
+    meta = {"config": config.to_dict(), "fixed": fixed, "tokens_seen": 0, "best": None}
     if resume_from is not None:
         saved = checkpoint.check(resume_from)
-        if saved["config"] != meta["config"] or saved["data"] != data:
-            raise ValueError(f"{resume_from} is of another model or other data: {saved['data']}, and here is {data}")
+        if saved["config"] != meta["config"]:
+            raise ValueError(f"{resume_from} is of another model than --base {args.base}")
+        if changed := [f"{k} {was} -> {fixed[k]}" for k, was in saved["fixed"].items() if was != fixed[k]]:
+            raise ValueError(f"{resume_from} cannot go on with other data or settings: {', '.join(changed)}")
         checkpoint.load(resume_from, trained, optimizer)
         step, meta = saved["step"], {key: saved[key] for key in meta}
         fabric.print(f"resumed weights, optimizer and position from {resume_from}")

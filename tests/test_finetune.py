@@ -176,8 +176,10 @@ def test_what_exists_is_not_overwritten_and_other_data_not_resumed(flags):
     train(flags, stop_at_step=1)
     with pytest.raises(ValueError, match="already holds step-00000001: pass --resume true"):
         train(flags)
-    with pytest.raises(ValueError, match="of another model or other data"):
+    with pytest.raises(ValueError, match="other data or settings: .*block_size 128 -> 64"):
         train(flags, resume=True, block_size=64)
+    with pytest.raises(ValueError, match="method full -> lora"):
+        train(flags, resume=True, method="lora")
 
 
 def test_data_without_a_conversation_to_train_on(flags, tmp_path):
