@@ -1,6 +1,7 @@
 """Let a model continue a text.
 
     python scripts/generate.py --checkpoint_dir out/tiny_LLaMA_1b --prompt "Once upon a time"
+    python scripts/generate.py --checkpoint_dir out/tiny_LLaMA_1b --prompt "def f(" --draft_dir out/120m      # faster
 
 The text appears as it is written, on stdout; everything else goes to stderr.
 """
@@ -15,8 +16,10 @@ import torch
 from lit_gpt.cli import one_line_errors, parse
 from lit_gpt.generate import stream, stream_text
 from lit_gpt.hf_tokenizer import starts_with_bos
+from lit_gpt.int8 import quantize_int8
 from lit_gpt.kernels import select_kernels
 from lit_gpt.pretrained import load_model, open_pretrained, refuse_other_tokenizer
+from lit_gpt.speculative import Speculator, refuse_different_tokenizers
 from lit_gpt.tokenizer import Tokenizer
 
 
@@ -27,8 +30,15 @@ def main(
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float = 0.95,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: list[str] = (),
     num_samples: int = 1,
     seed: int = 1337,
+    draft_dir: Path | None = None,
+    prompt_lookup: bool = False,
+    int8: bool = False,
+    logprobs: bool = False,
     tokenizer_path: Path | None = None,
     model_name: str | None = None,
     rope_scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none",
@@ -46,8 +56,15 @@ def main(
         temperature: 0 always takes the most likely token; higher is more varied.
         top_k: Choose among the k most likely tokens only.
         top_p: Choose among the fewest tokens that have this probability together.
+        min_p: Choose among the tokens at least so many times as likely as the likeliest.
+        repetition_penalty: More than 1 makes what is in the text already less likely.
+        stop: Strings that end the text, and are not written.
         num_samples: Continuations to write.
         seed: Of the choices.
+        draft_dir: A smaller model with the same tokenizer, whose guesses make this one faster and change nothing else.
+        prompt_lookup: The same with guesses from the text itself: for texts that repeat what they hold.
+        int8: Round the weights to 8 bits: nearly twice as fast on a GPU, half the memory, a little less exact.
+        logprobs: Print each token with its log-probability (by the model alone, temperature 1) to stderr.
         tokenizer_path: Folder or file; default: the one that is kept with the model.
         model_name: The preset of a .pth file that does not say.
         rope_scaling: Stretch the model's context by one of these; default: as it is.
@@ -70,35 +87,53 @@ def main(
     if not prompt_ids:
         raise ValueError("this model's tokenizer has no token to begin with: give --prompt")
 
-    model = load_model(found, select_kernels("auto", device=torch.device(device), dtype=dtype), device, dtype)
-    print(f"{found.path}: {found.config.name}, {device}, {dtype}".replace("torch.", ""), file=sys.stderr)
-    generator = torch.Generator(device).manual_seed(seed)
-    for _ in range(num_samples):
-        t0, n = time.perf_counter(), 0
-        print(prompt, end="", flush=True)
-        new_ids = stream(
-            model,
-            prompt_ids,
-            max_new_tokens,
-            eos_id=tokenizer.eos_id,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-        )
+    if (draft_dir or prompt_lookup) and (logprobs or repetition_penalty != 1):
+        raise ValueError("--logprobs and --repetition_penalty do not go together with --draft_dir or --prompt_lookup")
+    c = found.config
+    heads = (c.n_head, c.n_query_groups, c.head_size)
+    kernels = select_kernels("auto", device=torch.device(device), dtype=dtype, heads=heads)
+    model = load_model(found, kernels, device, dtype)
+    if int8:
+        quantize_int8(model)
+    print(f"{found.path}: {c.name}, {device}, {dtype}".replace("torch.", ""), file=sys.stderr)
+    speculator = None
+    if draft_dir is not None:
+        found_draft = open_pretrained(draft_dir)
+        refuse_different_tokenizers(found, found_draft)
+        speculator = Speculator(model, load_model(found_draft, kernels, device, dtype))
+    elif prompt_lookup:
+        speculator = Speculator(model)
 
-        def counted(ids=new_ids):
+    generator = torch.Generator(device).manual_seed(seed)
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator)
+    for _ in range(num_samples):
+        if speculator is not None:
+            new_ids = speculator.stream(prompt_ids, max_new_tokens, eos_id=tokenizer.eos_id, **sampling)
+        else:
+            settings = dict(**sampling, repetition_penalty=repetition_penalty, logprobs=logprobs)
+            new_ids = stream(model, prompt_ids, max_new_tokens, eos_id=tokenizer.eos_id, **settings)
+        t0, n, scored = time.perf_counter(), 0, []
+
+        def counted(ids=new_ids, scored=scored):
             nonlocal n
             for n, new_id in enumerate(ids, start=1):  # noqa: B007
+                if logprobs:
+                    scored.append(new_id)
+                    new_id = new_id[0]
                 yield new_id
 
+        print(prompt, end="", flush=True)
         try:
-            for piece in stream_text(tokenizer, prompt_ids, counted()):
+            for piece in stream_text(tokenizer, prompt_ids, counted(), stop):
                 print(piece, end="", flush=True)
         finally:
             print()
         elapsed_s = time.perf_counter() - t0
+        for new_id, logprob in scored:
+            print(f"{logprob:9.4f}  {new_id:>6}  {tokenizer.decode([new_id])!r}", file=sys.stderr)
         print(f"{n} tokens in {elapsed_s:.1f} s, {n / elapsed_s:.1f} tokens/s", file=sys.stderr)
+    if speculator is not None:
+        print(speculator.stats, file=sys.stderr)
 
 
 if __name__ == "__main__":

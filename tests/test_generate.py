@@ -258,6 +258,27 @@ def test_command_line(tmp_path, capsys):
     assert first == text("--max_new_tokens", 20) != text("--max_new_tokens", 20, "--seed", 1)
 
 
+def test_command_line_drafts_stops_and_scores(tmp_path, capsys):
+    write_lit_folder(tmp_path / "lit")
+    flags = ("--checkpoint_dir", tmp_path / "lit", "--prompt", "def ", "--max_new_tokens", 20, "--temperature", 0)
+
+    def run(*more) -> tuple[str, str]:
+        assert run_script("generate.py", *flags, *more) == 0
+        out = capsys.readouterr()
+        return out.out.removesuffix("\n"), out.err
+
+    text, _ = run()
+    drafted, stats = run("--draft_dir", tmp_path / "lit")
+    assert drafted == text and "100% of" in stats and "tokens per pass" in stats
+    assert run("--prompt_lookup", "true")[0] == text
+    assert run("--int8", "true")[0].startswith("def ")
+    end = text[8:10]
+    assert run("--stop", f"[{json.dumps(end)}]")[0] == text[: text.index(end, 4)]
+    assert len([line for line in run("--logprobs", "true")[1].splitlines() if line.startswith("  ")]) == 20
+    message = run_script("generate.py", *flags, "--prompt_lookup", "true", "--logprobs", "true")
+    assert message.startswith("error: --logprobs and --repetition_penalty do not go together")
+
+
 def test_command_line_at_the_context_limit(tmp_path, capsys):
     write_lit_folder(tmp_path / "lit")
     flags = ("--checkpoint_dir", tmp_path / "lit", "--prompt", "def ", "--max_new_tokens", 200)
