@@ -40,16 +40,21 @@ def join(rank: int, world_size: int, address: str, port: int, device: torch.devi
         ConnectionError: not all came within GIVE_UP_S; the message names who is missing.
     """
     if dist.is_initialized():  # an earlier run of this process has met them
-        return own_keys(connect(address, port))
+        return own_keys(connect(address, port, SILENCE_S))
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, which may start us repeatedly
-    try:
-        store = connect(address, port, is_master=rank == 0 and not hosted)
-    except RuntimeError as e:
-        raise ConnectionError(
-            f"rank {rank} on {socket.gethostname()} found no rank 0 at {address}:{port} within {GIVE_UP_S} s: start "
-            f"rank 0 there, or correct the main address and port ({first_line(e)})"
-        ) from e
-    store = own_keys(store)
+    t0 = time.monotonic()
+    while True:
+        try:
+            store = own_keys(connect(address, port, ROLL_CALL_S, is_master=rank == 0 and not hosted))
+            break
+        except RuntimeError as e:
+            message = (
+                f"rank {rank} on {socket.gethostname()} finds no rank 0 at {address}:{port} after "
+                f"{time.monotonic() - t0:.0f} s: start it there, or correct the main address and port"
+            )
+            if time.monotonic() - t0 > GIVE_UP_S:
+                raise ConnectionError(f"{message} ({first_line(e)})") from e
+            print(f"warning: {message}", file=sys.stderr, flush=True)
     roll_call(store, rank, world_size)
     atexit.register(leave)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -74,7 +79,7 @@ def own_keys(store: dist.Store) -> dist.Store:
     return dist.PrefixStore(f"lit_gpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def connect(address: str, port: int, is_master: bool = False, timeout_s: float = GIVE_UP_S) -> dist.TCPStore:
+def connect(address: str, port: int, timeout_s: float, is_master: bool = False) -> dist.TCPStore:
     timeout = timedelta(seconds=timeout_s)
     return dist.TCPStore(address, port, is_master=is_master, timeout=timeout, wait_for_workers=False, multi_tenant=True)
 
@@ -181,7 +186,7 @@ class Watch:
         self.store = None
         if world_size > 1:
             # A connection of its own: on the main one a collective that waits would block the heartbeat, too.
-            self.store = own_keys(connect(address, port, timeout_s=SILENCE_S))
+            self.store = own_keys(connect(address, port, SILENCE_S))
         self.next = (rank + 1) % world_size
         self._doing, self._step, self._since = "starting", 0, time.monotonic()
         self._verdict: str | None = None
@@ -208,6 +213,9 @@ class Watch:
                 me = f"{name(self.store, self.rank)} ended in step {self._step + 1} with"
                 self.store.compare_set("verdict", "", f"{me} {kind.__name__}: {first_line(error)}")
             self.store.set(f"beat/{self.rank}", "done")
+            waits_until = time.monotonic() + SILENCE_S
+            while self.rank == 0 and error is None and not self._all_done() and time.monotonic() < waits_until:
+                time.sleep(0.05)  # its end takes the store from the others
         except RuntimeError:
             pass  # the store went with rank 0, which has ended for its own reason
 
@@ -242,6 +250,10 @@ class Watch:
             except RuntimeError as e:
                 if not self._end.is_set():
                     self._leave(f"rank 0, which holds the store, died or cannot be reached ({first_line(e)})")
+
+    def _all_done(self) -> bool:
+        beats = [f"beat/{r}" for r in range(self.world_size)]
+        return self.store.check(beats) and all(beat == b"done" for beat in self.store.multi_get(beats))
 
     def _next_is_gone(self) -> bool:
         """Whether the next rank ran on this host and its process has ended: no need to wait for its silence then."""

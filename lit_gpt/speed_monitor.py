@@ -103,13 +103,14 @@ class Gpu:
     """Bytes a second that a GPU sends, and receives, in a collective inside its node."""
 
 
-# MFU: H100 and H200 by pretrain/LOG.md (60.9% with tiny_LLaMA_1b, 62.8 to 65.6% with tinyllama3); A100 by TinyLlama's
-# 24,000 tokens/s, communication included; the others assumed to be no better. Links: NVLink at about 70% of the sheet.
+# MFU: H100 and H200 by pretrain/LOG.md (60.9 and 63.0% with tiny_LLaMA_1b); A100 by TinyLlama's 24,000 tokens/s,
+# communication included; the others are guesses. Links: H200 by pretrain/LOG.md (6 N bytes to and fro in 15 ms on 2
+# GPUs, half of the data sheet); the others likewise half of theirs.
 GPUS = {
-    "H200": Gpu(150e9, 989, 0.61, 300e9),
-    "H100": Gpu(84e9, 989, 0.61, 300e9),
-    "A100-80G": Gpu(84e9, 312, 0.568, 200e9),
-    "A100-40G": Gpu(42e9, 312, 0.568, 200e9),
+    "H200": Gpu(150e9, 989, 0.63, 220e9),
+    "H100": Gpu(84e9, 989, 0.61, 220e9),
+    "A100-80G": Gpu(84e9, 312, 0.57, 150e9),
+    "A100-40G": Gpu(42e9, 312, 0.57, 150e9),
     "L40S": Gpu(48e9, 362, 0.45, 20e9),
     "RTX4090": Gpu(24e9, 165, 0.5, 10e9),
     "RTX3090": Gpu(24e9, 71, 0.5, 10e9),

@@ -1,5 +1,6 @@
 """The train loop, run for real on the CPU with a model of a few thousand parameters."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -14,11 +15,14 @@ import pytest
 import torch
 from packed_data import write_source
 from processes import run_ranks
+from safetensors.torch import load_file
+from tiny import run_script
 
 from lit_gpt import checkpoint
 from lit_gpt.metrics import read_metrics
 from lit_gpt.model import GPT
 from lit_gpt.packed_dataset import PackedDataset
+from lit_gpt.pretrained import open_pretrained
 from lit_gpt.shards import write_shard
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +156,65 @@ class TestInOneProcess:
                 total += model(piece[:, :-1], piece[:, 1:]).item()
         assert row["val_loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
 
+    def test_several_validation_sets_are_reported_apart(self, flags):
+        rows = read_metrics(train(flags, val_prefixes=["validation", "train_star"], max_steps=3) / "metrics.csv")
+        [row] = [row for row in rows if "val_loss" in row]
+        [alone] = [
+            row
+            for row in read_metrics(
+                train(flags, val_prefixes=["train_star"], max_steps=3, name="alone") / "metrics.csv"
+            )
+            if "val_loss" in row
+        ]
+        assert row["val_loss/train_star"] == alone["val_loss"] != row["val_loss"]
+
+    def test_a_step_is_profiled_on_request(self, flags):
+        run_dir = train(flags, max_steps=2, warmup_steps=1, profile_step=2, val_data_dir=None)
+        trace = json.loads(gzip.decompress((run_dir / "trace-step-2-rank-0.json.gz").read_bytes()))
+        assert any("backward" in event.get("name", "").lower() for event in trace["traceEvents"])
+
+    def test_a_plan_needs_neither_data_nor_gpus(self, flags, capsys):
+        recipe = dict(model="tiny_LLaMA_1b", train_data_dir="nowhere", plan="16xA100-40G")
+        assert tinyllama.main(tinyllama.TrainArgs(**recipe)) == 0
+        assert "time: 90." in capsys.readouterr().out
+        with pytest.raises(ValueError, match="--plan A100 is not a number of GPUs and their type"):
+            tinyllama.main(tinyllama.TrainArgs(**{**recipe, "plan": "A100"}))
+
+    def test_a_checkpoint_becomes_a_single_file(self, flags, tmp_path):
+        run_dir = train(flags, max_steps=2, warmup_steps=1, val_data_dir=None)
+        code = run_script(
+            "consolidate_checkpoint.py",
+            "--checkpoint_dir",
+            run_dir,
+            "--out_dir",
+            tmp_path / "single",
+            "--optimizer=true",
+        )
+        assert code == 0
+        weights = checkpoint.load_weights(run_dir / "step-00000002")
+        single = open_pretrained(tmp_path / "single").weights
+        assert all(torch.equal(weights[name], single[name]) for name in weights)
+        moments = load_file(tmp_path / "single" / "lit_optimizer.safetensors")
+        assert moments["lm_head.weight.exp_avg"].abs().max() > 0 and moments["lm_head.weight.step"] == 2
+
+    def test_a_spike_stops_or_is_skipped(self, flags, monkeypatch, capsys):
+        forward, calls = GPT.forward, []
+
+        def spiking(self, idx, targets=None, **kw):
+            calls.append(0)
+            out = forward(self, idx, targets, **kw)
+            return out * 30 if len(calls) == 70 else out  # in step 70
+
+        monkeypatch.setattr(GPT, "forward", spiking)
+        flags = dict(flags, micro_batch_size=16, max_steps=72, save_interval=100, val_data_dir=None)
+        with pytest.raises(ValueError, match=r"step 70 .*above the limits of .*with --spike skip"):
+            train(flags, spike="stop")
+        calls.clear()
+        run_dir = train(flags, spike="skip", name="skip")
+        assert "step 70" in (out := capsys.readouterr().out) and "skipped" in out
+        history = checkpoint.check(run_dir / "step-00000072")["spike_guard"]
+        assert len(history) == 71
+
     def test_existing_runs_are_not_overwritten(self, flags):
         train(flags, max_steps=2, warmup_steps=1)
         with pytest.raises(ValueError, match="already holds step-00000002: pass --resume true"):
@@ -283,10 +346,10 @@ class TestInSeveralProcesses:
         for name in ("two", "four", "fsdp", "grid", "mixed"):
             assert losses(flags["out_dir"] / name) == pytest.approx(one, rel=1e-6), name
 
-    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-    def test_a_signal_finishes_the_step_saves_and_ends_well(self, flags, signum):
+    @pytest.mark.parametrize("signum, code", [(signal.SIGUSR1, 85), (signal.SIGINT, 0)])
+    def test_a_signal_finishes_the_step_saves_and_ends_well(self, flags, signum, code):
         process = subprocess.Popen(
-            [sys.executable, *command(flags, max_steps=100_000, val_data_dir="null")],
+            [sys.executable, *command(flags, max_steps=100_000, val_data_dir="null", requeue_exit_code=code)],
             stdout=subprocess.PIPE,
             text=True,
             env=environment(),
@@ -297,6 +360,6 @@ class TestInSeveralProcesses:
         time.sleep(0.5)
         process.send_signal(signum)
         rest = process.stdout.read()
-        assert process.wait(timeout=60) == 0 and "interrupted: go on with --resume true" in rest
+        assert process.wait(timeout=60) == code and "interrupted: go on with --resume true" in rest
         newest = checkpoint.steps(flags["out_dir"] / "run")[-1]
         assert f"saved {newest}" in rest and checkpoint.check(newest)["step"] >= 1

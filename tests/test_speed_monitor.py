@@ -105,6 +105,13 @@ def test_plan_is_within_10_percent_of_speeds_measured_on_an_h100(name, sequences
     assert plan.tokens_per_s_per_gpu == pytest.approx(measured, rel=0.1)
 
 
+def test_plan_agrees_with_what_was_measured_on_2_and_4_h200():
+    config = Config.from_name("tiny_LLaMA_1b")
+    for n, measured in ((1, 85_118), (2, 84_728), (4, 84_398)):
+        plan = plan_run(config, "H200", n, tokens=3e12, global_batch_tokens=n * 262_144, micro_batch_size=16)
+        assert plan.tokens_per_s_per_gpu == pytest.approx(measured, rel=0.01)
+
+
 def test_plan_shards_everything_where_the_matrices_alone_do_not_fit():
     config = Config.from_name("tinyllama3_2b", n_layer=44)
     assert plan_run(config, "A100-80G", 8, micro_batch_size=2, **RECIPE).sharding == "optimizer"
