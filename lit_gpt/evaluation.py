@@ -120,6 +120,23 @@ def load_tasks(names: Sequence[str], tasks_dir: Path | None = None, num_fewshot:
     return loaded
 
 
+def texts_of(tasks: dict) -> list[tuple[str, int, str]]:
+    """(task, question's number, its text with the right answer) of everything that the tasks ask."""
+    texts = []
+    for name, task in tasks["tasks"].items():
+        docs = task.test_docs() if task.has_test_docs() else task.validation_docs()
+        for i, doc in enumerate(docs):
+            if task.OUTPUT_TYPE != "multiple_choice":
+                text = f"{task.doc_to_text(doc)} {task.doc_to_target(doc)}"
+            elif isinstance(right := task.doc_to_text(doc), int):  # the choices begin the text, the target ends it
+                text = f"{task.doc_to_choice(doc)[right]} {task.doc_to_target(doc)}"
+            else:
+                right, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
+                text = f"{task.doc_to_text(doc)} {choices[right] if isinstance(right, int) else right}"
+            texts.append((name.removesuffix("_local"), i, text))
+    return texts
+
+
 @contextmanager
 def _in_folder(folder: Path):
     before = Path.cwd()
