@@ -41,6 +41,7 @@ from lit_gpt.model import GPT
 from lit_gpt.optim import SpikeGuard, clip_and_step, lr_at, param_groups
 from lit_gpt.packed_dataset import DocumentBatch, PackedDataset, PackedLoader, ValidationSet
 from lit_gpt.pretrained import open_pretrained
+from lit_gpt.report import read_run, write_page
 from lit_gpt.sharding import ShardedWeights
 from lit_gpt.speed_monitor import RunPlan, flops_per_token, known_gpu, memory_plan, peak_flops, plan_run
 from lit_gpt.tokenizer import Tokenizer
@@ -495,6 +496,7 @@ def train(
             t_plot = time.perf_counter()
             with despite_a_full_disk():
                 plot_loss({args.name: metrics.path}, run_dir / "loss.png")
+                write_page([read_run(run_dir)], run_dir / "report.html", refresh_s=0 if done else 60)
             # Live, but drawing long runs takes seconds: at most 1% of the time.
             next_picture = time.monotonic() + max(60, 100 * (time.perf_counter() - t_plot))
 
