@@ -657,6 +657,9 @@ def _print_summary(output: Output, elapsed: float, peak_memory: int, args: Prepa
 
 def estimate(unit_encoder: UnitEncoder, processes: int) -> None:
     """Print what preparing would give and take, judged by the first unit of a few files spread over all."""
+    from tqdm import tqdm
+
+    format_sizeof, format_interval = tqdm.format_sizeof, tqdm.format_interval
     sizes = [path.stat().st_size for path in unit_encoder.paths]
     sample = sorted({round(i * (len(sizes) - 1) / 3) for i in range(4)})
     started = time.process_time()
@@ -665,11 +668,12 @@ def estimate(unit_encoder: UnitEncoder, processes: int) -> None:
     read = sum(unit.progress * sizes[source] for source, unit in zip(sample, units, strict=True))
     scale = sum(sizes) / max(read, 1)
     tokens = scale * sum(len(unit.tokens) for unit in units)
-    print(f"{len(sizes):,} files, {sum(sizes) / 1e9:,.3f} GB; judged by {read / 1e6:,.1f} MB of them:")
     text_bytes = scale * sum(unit.text_bytes for unit in units)
-    print(f"about {text_bytes / 1e9:,.3f} GB of text, {tokens / 1e9:,.4f} billion tokens")
-    print(f"about {tokens * unit_encoder.dtype.itemsize / 1e9:,.3f} GB of shards")
-    print(f"about {scale * elapsed / processes / 60:,.1f} minutes with {processes} processes")
+    size, shards = sum(sizes), tokens * unit_encoder.dtype.itemsize
+    print(f"{len(sizes):,} files, {format_sizeof(size)}B; judged by {format_sizeof(read)}B of them:")
+    print(f"about {format_sizeof(text_bytes)}B of text, {format_sizeof(tokens)} tokens")
+    print(f"about {format_sizeof(shards)}B of shards")
+    print(f"about {format_interval(scale * elapsed / processes)} (minutes:seconds) with {processes} processes")
     for source, unit in zip(sample, units, strict=True):
         for row, why in unit.bad[:1]:
             print(f"{unit_encoder.paths[source]}{f', line {row + 1}' if row is not None else ''}: {why}")

@@ -16,7 +16,7 @@ import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 UNIT = 8 << 20
 """Bytes of text that are read, encoded and handed on together"""
 MAX_DOCUMENT = 64 << 20
-"""Bytes of the longest line, or text file, that is read; encoding takes some 40 bytes of memory for each of them"""
+"""Bytes of the longest line, or text file, that is read; encoding takes up to 50 bytes of memory for each of them"""
 READ = 1 << 16
 """Bytes read from a file at once, and half of what is decompressed at once: what fits into a processor's cache is
 decompressed 1.5 times as fast as what does not"""
@@ -84,7 +84,7 @@ class Unit:
     subsets: list[str] = field(default_factory=list)
     """Value of `Fields.subset` of each text; empty when none was asked for"""
     dropped: Counter = field(default_factory=Counter)
-    """Documents that a filter left out, by `key=value`"""
+    """Documents that a filter left out, by what they are: the filter's opposite"""
     bad: list[tuple[int | None, str]] = field(default_factory=list)
     """(line or table row counted from 0 at the unit's beginning, what is wrong); None: the file cannot be read on"""
     rows: int = 0
@@ -99,7 +99,7 @@ class Unit:
         text, subset = values[0], values[-1]
         for condition, value in zip(fields.filters, values[1:], strict=False):
             if (_as_text(value) == condition.value) != condition.equal:
-                self.dropped[f"{condition.key}={_as_text(value)}"] += 1
+                self.dropped[str(replace(condition, equal=not condition.equal))] += 1
                 return
         if not isinstance(text, str):
             self.bad.append((row, f"{fields.text!r} is of type {type(text).__name__}, not text"))

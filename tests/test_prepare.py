@@ -494,7 +494,8 @@ def test_prepare_dataset_verifies_decodes_and_estimates(corpus, tokenizer_path, 
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": {"t": t}, "n": n}) for n, t in enumerate(texts)))
     flags = ["--source_path", tmp_path / "a.jsonl", "--tokenizer_path", tokenizer_path, "--text_key=body.t"]
     dry = script("prepare_dataset", *flags, "--destination_path", tmp_path / "dry", "--dry_run=true")
-    assert dry.returncode == 0 and "1 files" in dry.stdout and "tokens" in dry.stdout
+    assert dry.returncode == 0 and dry.stdout.startswith("1 files, "), dry.stderr
+    assert f"about {sum(map(len, texts))}B of text" in dry.stdout and " of shards\n" in dry.stdout
     assert not (tmp_path / "dry").exists()
     for n, delimiters in enumerate(("bos+eos", "eos", "bos")):
         out = tmp_path / delimiters
