@@ -32,8 +32,9 @@ class Metrics:
         if resume_step and self.path.is_file():
             with self.path.open(newline="") as f:
                 reader = csv.DictReader(f)
-                rows = [row for row in reader if int(row["step"]) <= resume_step]
-                fields = list(dict.fromkeys((*FIELDS, *reader.fieldnames)))
+                # The last row of a run that was killed may lack its end.
+                rows = [row for row in reader if None not in row.values() and int(row["step"]) <= resume_step]
+                fields = list(dict.fromkeys((*FIELDS, *(reader.fieldnames or ()))))
         self._write(fields, rows)
         self._wandb = self._tensorboard = None
         if logger == "wandb":
@@ -48,10 +49,14 @@ class Metrics:
             self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=resume_step + 1)
 
     def _write(self, fields: list[str], rows: list[dict]) -> None:
-        self._file = self.path.open("w", newline="")
+        temporary = self.path.with_suffix(".csv.tmp")  # a run that is killed here keeps its history
+        with temporary.open("w", newline="") as f:
+            whole = csv.DictWriter(f, fields)
+            whole.writeheader()
+            whole.writerows(rows)
+        temporary.replace(self.path)
+        self._file = self.path.open("a", newline="")
         self._csv = csv.DictWriter(self._file, fields)
-        self._csv.writeheader()
-        self._csv.writerows(rows)
 
     def log(self, step: int, **values: Any) -> None:
         """Add a row. A name that is new becomes a column, behind the others."""

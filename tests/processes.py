@@ -22,11 +22,18 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_ranks(n: int, function: Callable, *args: object, port: int | None = None) -> list:
-    """Start `function(*args)` in n processes that have the environment of torchrun's. Returns (process, pipe) pairs."""
-    port = port or free_port()
+def start_ranks(
+    n: int, function: Callable, *args: object, only: list[int] | None = None, log_dir: Path | None = None
+) -> list:
+    """Start `function(*args)` in n processes that have the environment of torchrun's. Returns (process, pipe) pairs.
+
+    Args:
+        only: these of the n ranks; the others are missing.
+        log_dir: where stdout and stderr go, to rank-{r}.log.
+    """
+    port = free_port()
     ranks = []
-    for rank in range(n):
+    for rank in range(n) if only is None else only:
         ours, theirs = context.Pipe()
         environment = {
             "RANK": rank,
@@ -40,7 +47,8 @@ def start_ranks(n: int, function: Callable, *args: object, port: int | None = No
             "OMP_NUM_THREADS": 1,
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        process = context.Process(target=_rank, args=(theirs, environment, function, args))
+        log = log_dir and log_dir / f"rank-{rank}.log"
+        process = context.Process(target=_rank, args=(theirs, environment, log, function, args))
         process.start()
         theirs.close()
         ranks.append((process, ours))
@@ -68,8 +76,11 @@ def run_ranks(n: int, function: Callable, *args: object, timeout_s: float = 300)
     return results
 
 
-def _rank(pipe: Connection, environment: dict, function: Callable, args: tuple) -> None:
+def _rank(pipe: Connection, environment: dict, log: Path | None, function: Callable, args: tuple) -> None:
     os.environ.update({k: str(v) for k, v in environment.items()})
+    if log:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
 

@@ -1,3 +1,5 @@
+import pytest
+
 from lit_gpt.metrics import Metrics, plot_loss, read_metrics
 
 
@@ -43,3 +45,13 @@ def test_a_new_name_becomes_a_column_and_outlives_a_resume(tmp_path):
         {"step": 2, "tokens": 200, "val_loss": 2.1, "eval/piqa": 0.5, "val_loss/code": 1.0},
         {"step": 3, "tokens": 300, "loss": 1.4},
     ]
+
+
+@pytest.mark.parametrize("left", ["", "step,tokens,loss\n1,10,3.0\n2,2"])
+def test_what_a_killed_run_left_is_taken_as_far_as_it_goes(tmp_path, left):
+    (tmp_path / "metrics.csv").write_text(left)
+    metrics = Metrics(tmp_path, resume_step=5)
+    metrics.log(6, loss=2.0)
+    metrics.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv")] == ([1, 6] if left else [6])
+    assert [f.name for f in tmp_path.iterdir()] == ["metrics.csv"]
