@@ -6,11 +6,13 @@ print(release_table(runs))
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 from lit_gpt.metrics import read_metrics
+from lit_gpt.perplexity import Row
 from lit_gpt.weights import read_json
 
 COMMONSENSE = {
@@ -218,6 +220,38 @@ def scores_by_tokens(run: Run) -> list[tuple[float, float]]:
     fewer questions."""
     after = [(float(e.tokens), e.average) for e in run.evaluations if e.average is not None and e.tokens]
     return sorted(after) or [(tokens, 100 * value) for tokens, value in run.curve("eval/commonsense")]
+
+
+def plot_perplexity(models: dict[str, Sequence[Row]], out: Path, block_size: int) -> None:
+    """Draw perplexity against the length of the sequences, a curve for each model and rope scaling.
+
+    Args:
+        models: name -> rows of perplexity.perplexity_by_length.
+        block_size: what the model was trained on, a vertical line.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(8, 4.5), dpi=150)
+    for name, rows in models.items():
+        trained = [row for row in rows if row.length <= block_size]
+        for scaling in dict.fromkeys(row.rope_scaling for row in rows):
+            beyond = [row for row in rows if row.length > block_size and row.rope_scaling == scaling]
+            curve = [*trained, *beyond]  # up to block_size nothing is scaled: all curves begin alike
+            label = name if scaling == "none" else f"{name}, {scaling}"
+            ax.plot([r.length for r in curve], [r.perplexity for r in curve], marker="o", ms=4, label=label)
+    ax.axvline(block_size, color="gray", ls="--", lw=1)
+    lengths = sorted({row.length for rows in models.values() for row in rows})
+    ax.set(xlabel="tokens in a sequence", ylabel="perplexity", xscale="log", yscale="log")
+    ax.set_xticks(lengths, map(str, lengths))
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(out)
+    plt.close(fig)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

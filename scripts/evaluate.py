@@ -13,7 +13,7 @@ import json
 import os
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -21,12 +21,14 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from lit_gpt import checkpoint
+from lit_gpt import checkpoint, perplexity
 from lit_gpt.cli import one_line_errors, parse
 from lit_gpt.hf_tokenizer import starts_with_bos
 from lit_gpt.kernels import select_kernels
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained, refuse_other_tokenizer
+from lit_gpt.report import plot_perplexity
 from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.weights import write_json
 
 
 def main(
@@ -47,6 +49,8 @@ def main(
     allow_code_execution: bool = False,
     cache_requests: bool = False,
     samples_out: Path | None = None,
+    perplexity_by_length: list[int] | None = None,
+    text: Path | None = None,
 ) -> None:
     """Score a model on lm_eval's tasks. An evaluation that was interrupted goes on where it was with the same command.
 
@@ -72,6 +76,9 @@ def main(
             cut off.
         cache_requests: Keep the requests of lm_eval's own tasks, once they are made from its data, for the next time.
         samples_out: File for every question's answers, a JSON line each.
+        perplexity_by_length: Instead of tasks: how well the model predicts --text read in sequences of so many tokens,
+            beyond its block_size too, with each rope scaling. A picture is written beside --out.
+        text: A long text file, for --perplexity_by_length.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,6 +91,22 @@ def main(
     if max_length:
         found = replace(found, config=replace(found.config, block_size=max_length))
     tokenizer, delimiters = tokenizer_of(found, tokenizer_path, delimiters)
+
+    if perplexity_by_length:
+        if text is None:
+            raise ValueError("--perplexity_by_length needs --text, a file with a long text")
+        kernels_here = select_kernels(kernels, device=torch.device(device), dtype=torch_dtype)
+        model = load_model(found, kernels_here, device, torch_dtype)
+        ids = tokenizer.encode(text.read_text(encoding="utf-8"), bos="bos" in delimiters, eos=False)
+        rows = perplexity.perplexity_by_length(model, torch.tensor(ids), perplexity_by_length)
+        about = describe(found, tokenizer, delimiters) | {"text": str(text)}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, {"perplexity_by_length": [asdict(row) for row in rows], "config": about})
+        plot_perplexity({found.path.name: rows}, out.with_suffix(".png"), found.config.block_size)
+        print(f"{'length':>8}  {'rope scaling':<12} perplexity  nats/token")
+        for row in rows:
+            print(f"{row.length:>8}  {row.rope_scaling:<12} {row.perplexity:>10.3f}  {row.loss:>10.4f}")
+        return
 
     # Importing lm_eval takes seconds, so mistakes above are said first.
     from lit_gpt import evaluation
@@ -153,6 +176,7 @@ def describe(found: Pretrained, tokenizer: Tokenizer, delimiters: str) -> dict:
     meta = found.path / checkpoint.META
     trained = json.loads(meta.read_text()) if meta.is_file() else {}
     packages = ("torch", "lm_eval", "transformers", "datasets", "tokenizers", "sentencepiece")
+    installed = {package.metadata["Name"] for package in importlib.metadata.distributions()}
     return {
         "checkpoint": str(found.path),
         "model": found.config.name,
@@ -163,7 +187,7 @@ def describe(found: Pretrained, tokenizer: Tokenizer, delimiters: str) -> dict:
         "tokenizer_sha256": tokenizer.sha256,
         "max_length": found.config.block_size,
         "commit": checkpoint.git_commit(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: importlib.metadata.version(name) for name in packages if name in installed},
     }
 
 

@@ -3,12 +3,16 @@
 import functools
 import json
 import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny import run_script, write_lit_folder
+from packed_data import write_source
+from tiny import TINY, run_script, write_lit_folder
 
 pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -17,6 +21,7 @@ from lit_gpt import evaluation  # noqa: E402
 from lit_gpt.evaluation import COMMONSENSE, HUMANEVAL, LitLM, average, evaluate, load_tasks, scores  # noqa: E402
 from lit_gpt.hf import export  # noqa: E402
 from lit_gpt.hf_tokenizer import export_tokenizer  # noqa: E402
+from lit_gpt.metrics import read_metrics  # noqa: E402
 from lit_gpt.pretrained import load_model, open_pretrained  # noqa: E402
 from lit_gpt.tokenizer import Tokenizer  # noqa: E402
 
@@ -90,8 +95,8 @@ def tasks_dir(tmp_path_factory) -> Path:
     return root / "tasks"
 
 
-def lit_lm(folder: Path, **kwargs) -> LitLM:
-    return LitLM(load_model(open_pretrained(folder)), Tokenizer(folder), bos=True, **kwargs)
+def lit_lm(folder: Path, tokenizer: Tokenizer | None = None, **kwargs) -> LitLM:
+    return LitLM(load_model(open_pretrained(folder)), tokenizer or Tokenizer(folder), bos=True, **kwargs)
 
 
 def test_every_kind_of_request_is_answered_as_transformers_does(folders, tasks_dir):
@@ -106,7 +111,9 @@ def test_every_kind_of_request_is_answered_as_transformers_does(folders, tasks_d
     for name, lm in lms.items():
         results[name] = {}
         for task in ("choice", "text", "book"):
-            lm.add_bos_token = False if task == "book" else None  # the hf backend would begin a long text with two, and score the second
+            lm.add_bos_token = (
+                False if task == "book" else None
+            )  # the hf backend would begin a long text with two, and score the second
             loaded = load_tasks([task], tasks_dir)
             for q in evaluation.lm_eval.evaluator.evaluate(lm, loaded, bootstrap_iters=0)["samples"][task]:
                 results[name][task, q["doc_id"]] = [answer for (answer,) in q["resps"]]
@@ -274,3 +281,27 @@ def test_a_real_model_scores_what_lm_eval_says(n, shared_data, tmp_path):
     if n == 200:
         reference = json.loads((shared_data / "evals" / "REFERENCE_stories260k.json").read_text())
         assert round(average(results), 4) == reference["gpt4all_average_acc_norm_or_acc"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_run_scores_tasks_as_evaluate_does_with_its_checkpoint(ranks, folders, tasks_dir, tmp_path):
+    tokenizer = Tokenizer(folders[0])
+    about = dict(tokenizer=tokenizer.describe(), delimiters="bos+eos")
+    for prefix in ("train", "validation"):
+        write_source(tmp_path / "data", prefix, np.arange(5000) % 512, [5000], **about)
+    flags = dict(train_data_dir=tmp_path / "data", val_data_dir=tmp_path / "data", train_mix={"train": 1.0})
+    flags |= dict(model="tiny_LLaMA_demo", model_overrides=TINY, tokenizer_path=folders[0] / "tokenizer.model")
+    flags |= dict(global_batch_tokens=512, micro_batch_size=4, max_steps=4, warmup_steps=1, eval_interval=2)
+    flags |= dict(eval_tasks=["choice"], eval_tasks_dir=tasks_dir, eval_limit=10, learning_rate=1e-2, min_lr=1e-3)
+    flags |= dict(accelerator="cpu", devices=ranks, num_workers=0, out_dir=tmp_path, name="run")
+    words = [str(w) if isinstance(w, (Path, str)) else json.dumps(w) for w in flags.values()]
+    words = [w for pair in zip((f"--{flag}" for flag in flags), words, strict=True) for w in pair]
+    script = Path(__file__).parent.parent / "pretrain" / "tinyllama.py"
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.csv") if "eval/choice" in row]
+    assert [row["step"] for row in rows] == [2, 4]
+    lm = lit_lm(tmp_path / "run", Tokenizer(folders[0]))
+    assert scores(evaluate(lm, load_tasks(["choice"], tasks_dir), limit=10))["choice"][1] == rows[-1]["eval/choice"]
