@@ -486,9 +486,11 @@ def train(
                 of = f"/{name}" if row else ""
                 row |= {f"val_loss{of}": val_loss, f"val_bits_per_byte{of}": bits_per_byte}
             if score_tasks is not None:
+                t_score = time.perf_counter()
                 task_scores = score_tasks()
                 row |= {f"eval/{task}": value for task, value in task_scores.items()}
-                fabric.print(f"step {step}: " + ", ".join(f"{t} {100 * v:.1f}" for t, v in task_scores.items()))
+                said = ", ".join(f"{task} {100 * value:.1f}" for task, value in task_scores.items())
+                fabric.print(f"step {step}: {said} (%, in {time.perf_counter() - t_score:.1f} s)")
             if metrics:
                 with despite_a_full_disk():
                     metrics.log(step, tokens=tokens, **row)
