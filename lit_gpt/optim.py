@@ -40,7 +40,7 @@ def lr_at(
     start = last - decay_steps if schedule == "wsd" else warmup_steps
     if step >= last:
         return min_lr
-    progress = max(0.0, (step - start) / (last - start))
+    progress = max(0.0, (step - start) / max(1, last - start))
     height = 1 - progress if schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
     return min_lr + height * (learning_rate - min_lr)
 

@@ -24,6 +24,10 @@ def test_cosine_is_half_way_in_the_middle():
     assert lr_at(100 + (999 - 100) // 2, **RECIPE) == pytest.approx((4e-4 + 4e-5) / 2, rel=2e-3)
 
 
+def test_wsd_without_decay_is_constant_to_the_last_step():
+    assert {lr_at(step, **RECIPE, schedule="wsd") for step in range(99, 999)} == {4e-4}
+
+
 def test_wsd_is_constant_then_linear():
     lr = [lr_at(step, **RECIPE, schedule="wsd", decay_steps=200) for step in range(1000)]
     assert set(lr[100:800]) == {4e-4}

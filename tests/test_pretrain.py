@@ -215,6 +215,20 @@ class TestInOneProcess:
         history = checkpoint.check(run_dir / "step-00000072")["spike_guard"]
         assert len(history) == 71
 
+    def test_a_cooldown_starts_from_any_checkpoint(self, flags):
+        first = train(flags, schedule="wsd")
+        run_dir = train(
+            flags,
+            name="cooled",
+            resume=str(first / "step-00000003"),
+            schedule="wsd",
+            max_steps=7,
+            decay_steps=4,
+        )
+        rows = {row["step"]: row for row in read_metrics(run_dir / "metrics.csv") if "loss" in row}
+        assert [rows[step]["learning_rate"] for step in (4, 5, 6, 7)] == pytest.approx([7.75e-3, 5.5e-3, 3.25e-3, 1e-3])
+        assert rows[4]["loss"] == losses(first)[4]  # the data go on, too
+
     def test_existing_runs_are_not_overwritten(self, flags):
         train(flags, max_steps=2, warmup_steps=1)
         with pytest.raises(ValueError, match="already holds step-00000002: pass --resume true"):
