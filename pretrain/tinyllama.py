@@ -128,8 +128,9 @@ class TrainArgs:
     by layer (FSDP2). auto: the optimizer if the rest fits each device, else fsdp."""
     shard_devices: int | None = None
     """How many devices share one copy; others repeat it. Default: optimizer those of a node, fsdp all."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 computes in bfloat16 over fp32 weights; auto is bf16 on a GPU that has it, else fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """bf16 computes in bfloat16 over fp32 weights; fp8 the blocks' matrix products in fp8 and the rest in bf16 (RTX 40,
+    H100 or newer); auto is bf16 on a GPU that has it, else fp32."""
     kernels: str = "auto"
     """Backends of the fused operations: auto, quack, triton, compile or torch, and attention's, as in triton+cudnn."""
     recompute: bool = False
@@ -266,7 +267,7 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
     fabric.print(dataset.table())
 
     # The model, real from the start and the same at any world size; then sharded, if there is more than one device.
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
     kernels = select_kernels(
         args.kernels,
         device=fabric.device,
@@ -286,6 +287,8 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
         model.init_weights(args.seed)
     n_parameters = sum(p.numel() for p in model.parameters())
     model.recompute = args.recompute
+    if args.precision == "fp8":
+        model.train_in_fp8()
     if kernels.compile_blocks:
         for block in model.transformer.h:
             block.compile()
@@ -307,6 +310,8 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
         checkpoint.load(resume_from, weights, optimizer)
         loader.load_state_dict(meta["loader"], args.resume_mix)
         step, guard = meta["step"], SpikeGuard(meta.get("spike_guard"))
+        if model.module.fp8 is not None and meta.get("fp8"):
+            model.module.fp8.load_state_dict(meta["fp8"])
         fabric.print(
             f"resumed model, optimizer, RNG and data position from {resume_from} in {time.perf_counter() - t0:.1f} s"
         )
@@ -359,12 +364,13 @@ def train(
     watch: cluster.Watch,
 ) -> bool:
     (val_sets, score_tasks), config, world_size = evaluation, model.module.config, fabric.world_size
+    fp8 = model.module.fp8
     accumulation = args.accumulation(config.block_size, world_size)
     last_step = min(max_steps, args.stop_at_step or max_steps)
     if (end := loader.dataset.end) is not None:  # in sequences; the last batch may be smaller
         last_step = min(last_step, math.ceil(end / (args.global_batch_tokens // config.block_size)))
     fsdp = world_size > 1 and args.sharding == "fsdp"
-    peak = peak_flops(fabric.device, "bf16" if args.precision == "bf16" else "tf32")
+    peak = peak_flops(fabric.device, "tf32" if args.precision == "fp32" else "bf16")
     metrics = Metrics(run_dir, step, args.logger, as_json(args)) if fabric.is_global_zero else None
     checkpoints = Checkpointer(run_dir, args.keep_checkpoints, args.permanent_interval, report)
     checkpoints.reserve(weights, optimizer)
@@ -446,6 +452,11 @@ def train(
 
         # Log.
         done = step == last_step or interrupted
+        fp8_counts = {}
+        if fp8 is not None and (step % args.log_interval == 0 or done):  # on all ranks, which leave fp8 together
+            fp8_counts["fp8_saturated"], fp8_counts["fp8_nonfinite"], lines = fp8.check()
+            for line in lines:
+                fabric.print(f"step {step}: {line}")
         if metrics and (step % args.log_interval == 0 or done):
             elapsed_s = time.perf_counter() - t0
             speed = tokens_since / elapsed_s
@@ -460,6 +471,7 @@ def train(
                     tokens_per_s=round(speed),
                     data_wait_s=round(data_wait_s, 4),
                     **({"mfu": mfu} if mfu else {}),
+                    **fp8_counts,
                 )
             print(
                 f"step {step:>{len(str(max_steps))}}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
@@ -513,6 +525,7 @@ def train(
                 "tokenizer": loader.dataset.tokenizer,
                 "delimiters": loader.dataset.delimiters,
                 "args": as_json(args),
+                **({"fp8": fp8.state_dict()} if fp8 is not None else {}),
             }
             checkpoints.save(step, weights, optimizer, meta)
         t0 += time.perf_counter() - t_pause  # validation and checkpoints are not training speed
@@ -599,7 +612,7 @@ def launch(args: TrainArgs, config: Config) -> Fabric:
         if args.sharding != "fsdp":
             return model
         # cast_forward_inputs would round the rotary tables to bf16.
-        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         if sharers == world_size:
             mesh = mesh["tensor_parallel"]  # Fabric's name for the second dimension

@@ -91,7 +91,10 @@ class Fp8:
         largest = iter(torch._foreach_norm([source(w) for group in groups for w in group], float("inf")))
         largest = torch.stack([torch.stack([next(largest) for _ in group]).max() for group in groups])
         for group, scale in zip(groups, spaced(scale_for(largest.float(), LARGEST[WEIGHT], 1.0)), strict=True):
-            group[0].in_fp8 = quantise_weight(group, scale[:1], getattr(group[0], "in_fp8", None))
+            old = getattr(group[0], "in_fp8", None)
+            group[0].in_fp8 = quantise_weight(group, scale[:1], old)
+            if old is None:
+                group[0].in_fp8.check()
 
     def begin(self) -> None:
         """Call it before each forward that is trained on."""
@@ -198,13 +201,16 @@ class Site:
     def amax(self) -> torch.Tensor:
         return self.state.amax[self.index : self.index + 1]
 
-    def launch(self, kernel: Callable[[], None]) -> None:
-        """Run a kernel that quantises this tensor with its scale; the first time twice, to find the scale."""
+    def launch(self, kernel: Callable[[], None], out: "Operand | None" = None) -> None:
+        """Run a kernel that quantises this tensor with its scale, to `out` if that has both layouts. The first time
+        twice, to find the scale, and then checked."""
         kernel()
         if self.state.first_pass:
             amax = self.amax.where(self.amax.isfinite(), 0.0)
             self.scale.copy_(scale_for(amax, LARGEST[self.dtype], HEADROOM))
             kernel()
+            if out is not None:
+                out.check()
 
 
 # --- operands and products -------------------------------------------------------------------------------------------
@@ -218,6 +224,14 @@ class Operand(NamedTuple):
     rows: torch.Tensor
     columns: torch.Tensor
     scale: torch.Tensor
+
+    def check(self) -> None:
+        """Raises RuntimeError if the layouts differ: compilers are young where fp8 is concerned (see _rounded)."""
+        if not torch.equal(self.rows.view(torch.uint8).T, self.columns.view(torch.uint8)):
+            raise RuntimeError(
+                f"the fp8 kernels are miscompiled by triton {triton.__version__} for this GPU: try another version, or "
+                f"--precision bf16"
+            )
 
 
 def source(weight: torch.Tensor) -> torch.Tensor:
@@ -420,13 +434,13 @@ def quantise(x: torch.Tensor, site: Site) -> Operand:
     """x (..., C)."""
     x = x.flatten(0, -2).contiguous()
     out = empty_operand(*x.shape, site)
-    site.launch(lambda: launch_quantise(x, out.rows, out.columns, out.scale, site.amax))
+    site.launch(lambda: launch_quantise(x, out.rows, out.columns, out.scale, site.amax), out)
     return out
 
 
 def launch_quantise(x, rows, columns, scale, amax) -> None:
     N, C = x.shape
-    block_n, block_c = 128, 64
+    block_n, block_c = 64, 128
     _quantise[(triton.cdiv(C, block_c), triton.cdiv(N, block_n))](
         x,
         rows,
@@ -508,7 +522,9 @@ def swiglu_backward(
             E5M2=site.dtype == torch.float8_e5m2,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
-        )
+            num_warps=8,
+        ),
+        out,
     )
     return out, h_columns
 
@@ -521,7 +537,7 @@ def rope_backward(
     B, T, H, D = dq.shape
     G = dk.size(2)
     out = empty_operand(B * T, (H + 2 * G) * D, site)
-    block_n = 64
+    block_n = 32
     site.launch(
         lambda: _rope_backward[(triton.cdiv(B * T, block_n), G)](
             dq,
@@ -542,7 +558,8 @@ def rope_backward(
             E5M2=site.dtype == torch.float8_e5m2,
             BLOCK_N=block_n,
             BLOCK_D=triton.next_power_of_2(D),
-        )
+        ),
+        out,
     )
     return out
 
@@ -556,6 +573,13 @@ def _to_fp8(x, inverse_scale, E5M2: tl.constexpr):
     dtype: tl.constexpr = tl.float8e5 if E5M2 else tl.float8e4nv
     largest: tl.constexpr = 57344.0 if E5M2 else 448.0
     return tl.clamp(x * inverse_scale, -largest, largest, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+
+
+@triton.jit
+def _rounded(x):
+    """x in bf16's precision. What a tile's transposition moves through shared memory is then bf16, and the conversion
+    to fp8 follows on either side. With fp8 itself moved, ptxas (as of triton 3.6) loses bytes of the conversion."""
+    return x.to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit
@@ -579,7 +603,7 @@ def _quantise(
     at = n.to(tl.int64)[:, None] * C + c[None, :]
     a = tl.load(x + at, inside, other=0.0)
     if x.dtype.element_ty.primitive_bitwidth > 8:
-        a = a.to(tl.float32)
+        a = _rounded(a.to(tl.float32))
         _record(amax, a)
         q = _to_fp8(a, 1 / tl.load(scale), E5M2)
         tl.store(rows + at, q, inside)
@@ -634,11 +658,11 @@ def _swiglu_backward(
     g = tl.load(dh + row + c[None, :], inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    h = _to_fp8(silu * up, 1 / tl.load(h_scale), False)
+    h = _to_fp8(_rounded(silu * up), 1 / tl.load(h_scale), False)
     tl.store(h_columns + column, tl.trans(h), tl.trans(inside))
     inverse = 1 / tl.load(scale)
-    d_up = g * silu
-    d_gate = g * up * (sigmoid + silu * (1 - sigmoid))
+    d_up = _rounded(g * silu)
+    d_gate = _rounded(g * up * (sigmoid + silu * (1 - sigmoid)))
     _record(amax, tl.maximum(tl.abs(d_gate), tl.abs(d_up), propagate_nan=tl.PropagateNan.ALL))
     q = _to_fp8(d_gate, inverse, E5M2)
     tl.store(rows + left, q, inside)
@@ -677,6 +701,7 @@ def _rope_backward(
         a = tl.load(head + d[None, :], inside, other=0.0).to(tl.float32)
         if j <= QUERIES:
             a = a * co + tl.load(head + partner, rotates, other=0.0).to(tl.float32) * si
+        a = _rounded(a)
         top = tl.maximum(top, tl.abs(a), propagate_nan=tl.PropagateNan.ALL)
         q = _to_fp8(a, inverse, E5M2)
         feature = (group * (QUERIES + 2) + j) * D + d
