@@ -95,10 +95,11 @@ class ShardedWeights:
         self.stale = True  # when the step that follows is done
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Collect the weights from their owners if they were stepped or loaded since; called by the model's forward."""
+    def refresh(self) -> bool:
+        """Collect the weights from their owners if they were stepped or loaded since; called by the model's forward.
+        Returns whether they were."""
         if not self.stale:
-            return
+            return False
         work, uneven = [], []
         for (_, whole), shard in zip(self.wholes, self.shards.values(), strict=True):
             everyones = self._padded(whole)
@@ -112,6 +113,7 @@ class ShardedWeights:
         for whole, everyones in uneven:
             whole.copy_(everyones[: len(whole)])
         self.stale = False
+        return True
 
     def _rows(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's rows; none where there are fewer pieces than ranks. As torch.chunk, so that DTensor agrees."""
