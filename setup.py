@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn", "xformers"],
+        "gguf": ["gguf>=0.17"],
         "eval": ["lm-eval>=0.4.13,<0.5"],
         "chat": ["gradio>=6", "bm25s>=0.2"],
         "qlora": ["bitsandbytes>=0.45"],

@@ -7,6 +7,7 @@ rounds; then a text is read with both models, and what the rounding costs is pri
 made by llama.cpp's own llama-quantize.
 """
 
+import importlib.util
 import shutil
 import subprocess
 import tempfile
@@ -54,6 +55,8 @@ def main(
         text: To measure what rounding costs: the first 1,024 tokens of this file.
         overwrite: Replace out_file if it exists.
     """
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("the gguf package is missing: pip install gguf")
     found = open_pretrained(checkpoint_dir, model_name).stretched(rope_scaling, rope_factor)
     check_supported(found.config)
     tokenizer_path = tokenizer_path or found.tokenizer

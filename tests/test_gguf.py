@@ -4,9 +4,11 @@ The tests that ask llama.cpp itself need llama-cpp-python, which is built from s
 without it. `pip install llama-cpp-python` somewhere and put it on PYTHONPATH to run them.
 """
 
+import importlib.util
 import json
 import os
 import shutil
+import sys
 
 import gguf
 import pytest
@@ -241,6 +243,12 @@ def test_another_file_is_not_read_as_gguf(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"hello" * 100)
     with pytest.raises(ValueError, match="x.gguf is damaged, or not a GGUF file"):
         read_gguf(tmp_path / "x.gguf", Config(**TINY))
+
+
+def test_without_the_package(lit, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "the gguf package is missing: pip install gguf" in convert(lit, tmp_path / "x.gguf")
 
 
 def test_k_quants_without_the_tool(lit, tmp_path, monkeypatch):

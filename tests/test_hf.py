@@ -756,8 +756,7 @@ MEASURE = """
 import sys, threading, time
 from pathlib import Path
 import transformers, torch, tqdm, safetensors
-from lit_gpt.hf import export
-from lit_gpt.pretrained import difference_from_transformers, open_pretrained
+from lit_gpt.hf_folder import write_hf_folder
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 def anonymous_bytes():
@@ -770,22 +769,20 @@ def watch():
         peak = max(peak, anonymous_bytes())
         time.sleep(0.002)
 threading.Thread(target=watch, daemon=True).start()
-found = open_pretrained(Path(sys.argv[1]))
-Path(sys.argv[2]).mkdir()
-export(found.config, found.weights, Path(sys.argv[2]))
-del found
-difference_from_transformers(Path(sys.argv[2]))
+write_hf_folder(Path(sys.argv[1]), Path(sys.argv[2]))
 print(peak - base)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_model_is_never_twice_in_memory(tmp_path):
-    config = Config.from_name("tiny_LLaMA_120M")
+@pytest.mark.parametrize("name", ["tiny_LLaMA_120M", pytest.param("tiny_LLaMA_1b", marks=pytest.mark.long)])
+def test_a_model_is_never_twice_in_memory(name, tmp_path):
+    config = Config.from_name(name)
     model = GPT(config)
     size = 4 * sum(p.numel() for p in model.parameters())
     step_dir = checkpoint.save(tmp_path, 1, model, torch.optim.SGD(model.parameters()), {"config": config.to_dict()})
     command = [sys.executable, "-c", MEASURE, str(step_dir), str(tmp_path / "hf")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    print(f"{name}: {int(result.stdout) / size:.2f} x its size")
     assert int(result.stdout) < 1.3 * size
