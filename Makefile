@@ -14,7 +14,9 @@ test: .venv/tests-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 # requirements.txt pins what was tested; -e makes `import lit_gpt` this source tree. Without --no-compile pip spends two
-# thirds of its time on byte code that is never imported; Python compiles the rest when it is first needed.
+# thirds of its time on byte code that is never imported; Python compiles and keeps the rest when it is first needed.
+export PYTHONDONTWRITEBYTECODE =
+
 .venv/installed: requirements.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
