@@ -63,7 +63,7 @@ def swiglu(
     return y
 
 
-def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, add: bool, tile=None) -> None:
+def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, add: bool) -> None:
     (M, K), N = x.shape, weight.size(0)
     assert M <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous() and y.is_contiguous()
     pdl = has_pdl(x.device)
@@ -72,7 +72,7 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
         normed = torch.empty_like(x)
         _rms_norm[(M,)](x, norm, normed, K, eps, PDL=pdl, BLOCK=triton.next_power_of_2(K), num_warps=4, **launch)
         x, norm = normed, None
-    block_n, block_k, warps, stages = tile or _tile(M, N, gated, scale is not None)
+    block_n, block_k, warps, stages = _tile(M, N, gated, add, scale is not None)
     kernel = _linear_one_row if M == 1 else _linear_few_rows
     kernel[(triton.cdiv(N, block_n),)](
         x,
@@ -93,21 +93,16 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
         PDL=pdl,
         BLOCK_N=block_n,
         BLOCK_K=min(block_k, triton.next_power_of_2(K)),
-        EARLY=FLAGS[0],
-        PREFETCH=FLAGS[1] and pdl,
         num_warps=warps,
         num_stages=stages,
         **launch,
     )
 
 
-FLAGS = [True, True]
-
-
-def _tile(M: int, N: int, gated: bool, int8: bool) -> tuple[int, int, int, int]:
-    """(BLOCK_N, BLOCK_K, warps, stages), by measurement on an H100."""
+def _tile(M: int, N: int, gated: bool, add: bool, int8: bool) -> tuple[int, int, int, int]:
+    """(BLOCK_N, BLOCK_K, warps, stages): the fastest of those tried on an H100 with the shapes of TinyLlama-1.1B."""
     if M > 1:
-        return (64, 128, 4, 4) if N > 8192 else (16, 256, 4, 4)
+        return (32, 256, 4, 3) if int8 else (16, 256, 2, 4) if add else (64, 128, 4, 4)
     if gated and int8:
         return 2, 1024, 2, 1
     return (4, 1024, 4, 1) if gated or N > 8192 else (8, 2048, 8, 1)
@@ -121,27 +116,20 @@ def has_pdl(device: torch.device) -> bool:
 def _linear_one_row(
     x, norm, weight, scale, up, up_scale, y, M, N, eps,
     K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, INT8: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs. 1 / rms of x is a factor of the whole product, so x is read once, with the weights."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     rows = n.to(tl.int64)[:, None] * K + k[None, :]
     inside = (n < N)[:, None] & (k < K)[None, :]
-    # The first tile of weights does not depend on the kernel before: it is read while that one runs.
-    if PDL and EARLY:
-        gdc_launch_dependents()
+    # The first tile of weights does not depend on the kernel before: it is read while that one ends.
     w = tl.load(weight + rows, inside, other=0.0)
     if GATED:
         u = tl.load(up + rows, inside, other=0.0)
-    if PREFETCH and K > BLOCK_K:
-        _prefetch(weight, n, N, BLOCK_K, K, BLOCK_N)
-        if GATED:
-            _prefetch(up, n, N, BLOCK_K, K, BLOCK_N)
     if PDL:
         gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up_total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
@@ -178,22 +166,15 @@ def _linear_one_row(
 def _linear_few_rows(
     x, norm, weight, scale, up, up_scale, y, M, N, eps,
     K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, INT8: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of up to 16 rows, by the matrix units: weights (BLOCK_N, K) times x (K, 16)."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, 16)
     k = tl.arange(0, BLOCK_K)
-    if PDL and EARLY:
-        gdc_launch_dependents()
-    if PREFETCH:
-        _prefetch(weight, n, N, 0, K, BLOCK_N)
-        if GATED:
-            _prefetch(up, n, N, 0, K, BLOCK_N)
     if PDL:
         gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     total = tl.zeros((BLOCK_N, 16), tl.float32)
     up_total = tl.zeros((BLOCK_N, 16), tl.float32)
     rows = n.to(tl.int64)[:, None] * K
@@ -221,33 +202,13 @@ def _linear_few_rows(
 
 
 @triton.jit
-def _prefetch(weight, n, N, begin: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Ask L2 for columns begin to K of rows n, a line of 128 bytes at a time."""
-    LINE: tl.constexpr = 128 * 8 // weight.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = (K - begin + LINE - 1) // LINE
-    AT_ONCE: tl.constexpr = 16
-    c = tl.arange(0, AT_ONCE)
-    for line in tl.static_range(0, LINES, AT_ONCE):
-        column = tl.minimum(begin + (line + c) * LINE, K - 1)  # beyond the end the last is asked for again
-        where = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + column[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-            "=r,l",
-            [where.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def _rms_norm(x, weight, y, K, eps, PDL: tl.constexpr, BLOCK: tl.constexpr):
     k = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64) * K
     w = tl.load(weight + k, k < K, other=0.0).to(tl.float32)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     a = tl.load(x + row + k, k < K, other=0.0).to(tl.float32)
     a *= tl.rsqrt(tl.sum(a * a, 0) / K + eps) * w
     tl.store(y + row + k, a.to(y.dtype.element_ty), k < K)
@@ -274,7 +235,7 @@ def cached_attention(
     row_stride = 0 if positions.dim() == 1 else T
     _rope_into_cache[(B * T, G)](
         qkv, cos.contiguous(), sin.contiguous(), positions, q, cache.k, cache.v, T, S, row_stride, table_rows, G,
-        QUERIES=queries, D=D, HALF=cos.size(-1), SLOTS=triton.next_power_of_2(queries + 2), PDL=pdl, EARLY=FLAGS[0],
+        QUERIES=queries, D=D, HALF=cos.size(-1), SLOTS=triton.next_power_of_2(queries + 2), PDL=pdl,
         num_warps=2, **launch,
     )  # fmt: skip
 
@@ -283,31 +244,28 @@ def cached_attention(
     while block_t * padded_queries < 16:
         block_t *= 2
     tiles = triton.cdiv(T, block_t)
-    splits = _splits(B * G * tiles, S)
-    out = torch.empty_like(q)
     rows = block_t * padded_queries
+    splits = _splits(B * G * tiles, rows, S)
+    out = torch.empty_like(q)
     partial = torch.empty((B * G * tiles, splits, rows, D + 2) if splits > 1 else 1, device=q.device)
     _attend[(B * G, tiles, splits)](
         q, cache.k, cache.v, positions, out, partial, cache.arrivals, T, S, row_stride, G, D**-0.5,
-        QUERIES=queries, PADDED=padded_queries, D=D, BLOCK_T=block_t, BLOCK_S=ATTEND[0], SPLITS=splits,
-        PDL=pdl, EARLY=FLAGS[0], num_warps=ATTEND[1], num_stages=ATTEND[2], **launch,
+        QUERIES=queries, PADDED=padded_queries, D=D, BLOCK_T=block_t, BLOCK_S=64, SPLITS=splits,
+        PDL=pdl, num_warps=4, num_stages=2, **launch,
     )  # fmt: skip
     return out
 
 
-ATTEND = (64, 4, 2)
-
-
-def _splits(programs: int, S: int) -> int:
-    """In how many parts to read a cache of S, so that `programs` fill the GPU."""
-    return max(1, min(132 // programs, triton.cdiv(S, 128), 16))
+def _splits(programs: int, rows: int, S: int) -> int:
+    """In how many parts to read a cache of S, so that `programs` fill the GPU; joining many rows costs more."""
+    most, each = (16, 64) if rows == 16 else (8, 256)
+    return max(1, min(132 // programs, triton.cdiv(S, each), most))
 
 
 @triton.jit
 def _rope_into_cache(
     qkv, cos, sin, positions, q, k_cache, v_cache, T, S, row_stride, table_rows, G,
     QUERIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One group of one token: queries rotated to q, the key rotated and the value as it is to their place in the cache.
     Slots are the group's heads in the fused projection: queries, key, value."""
@@ -319,11 +277,8 @@ def _rope_into_cache(
     inside = slot < QUERIES + 2
     rotates = (slot <= QUERIES) & (d < 2 * HALF)
     if PDL:
-        if EARLY:
-            gdc_launch_dependents()
         gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     table = (row % table_rows) * HALF + d % HALF
     c = tl.load(cos + table, d < 2 * HALF, other=1.0)
     s = tl.load(sin + table, d < 2 * HALF, other=0.0)
@@ -344,7 +299,7 @@ def _rope_into_cache(
 def _attend(
     q, k_cache, v_cache, positions, out, partial, arrivals, T, S, row_stride, G, scale,
     QUERIES: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens of one row of the batch, all queries of one group together: its keys and values are read once.
 
@@ -361,11 +316,8 @@ def _attend(
     d = tl.arange(0, D)
     inside = (t < T) & (h < QUERIES)
     if PDL:
-        if EARLY:
-            gdc_launch_dependents()
         gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     position = tl.load(positions + b * row_stride + t, t < T, other=-1).to(tl.int32)
     end = tl.max(position, 0) + 1
     row = ((b.to(tl.int64) * T + t) * G + group) * QUERIES + h
