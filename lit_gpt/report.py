@@ -244,9 +244,11 @@ def plot_perplexity(models: dict[str, Sequence[Row]], out: Path, block_size: int
             ax.plot([r.length for r in curve], [r.perplexity for r in curve], marker="o", ms=4, label=label)
     ax.axvline(block_size, color="gray", ls="--", lw=1)
     lengths = sorted({row.length for rows in models.values() for row in rows})
-    ax.set(xlabel="tokens in a sequence", ylabel="perplexity", xscale="log", yscale="log")
+    values = [row.perplexity for rows in models.values() for row in rows]
+    scale = "log" if max(values) > 5 * min(values) else "linear"
+    ax.set(xlabel="tokens in a sequence", ylabel="perplexity", xscale="log", yscale=scale)
     ax.set_xticks(lengths, map(str, lengths))
-    ax.minorticks_off()
+    ax.xaxis.minorticks_off()
     ax.grid(alpha=0.3)
     ax.legend()
     fig.tight_layout()

@@ -189,6 +189,18 @@ def test_results_say_what_was_evaluated_and_with_what(folders, tasks_dir, tmp_pa
     assert not list((tmp_path / "r").glob("*.answers*")) and "5 questions" not in capsys.readouterr().err
 
 
+def test_perplexity_by_length_gets_a_table_and_a_picture(folders, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("what the model of a file is in its data, it reads. " * 30)
+    flags = ("--checkpoint_dir", folders[0], "--out", tmp_path / "p.json", "--perplexity_by_length", "[32, 64, 128]")
+    assert "needs --text" in run_script("evaluate.py", *flags)
+    assert run_script("evaluate.py", *flags, "--text", tmp_path / "book.txt", "--device", "cpu") == 0
+    content = json.loads((tmp_path / "p.json").read_text())
+    rows = content["perplexity_by_length"]
+    assert [r["length"] for r in rows] == [32, 64, 128, 128, 128, 128, 128] and rows[-1]["rope_scaling"] == "llama3"
+    assert content["config"]["delimiters"] == "bos" and "perplexity" in capsys.readouterr().out
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_bad_input_is_one_line_that_says_the_way_out(folders, tasks_dir, tmp_path):
     def said(**flags) -> str:
         flags = dict(checkpoint_dir=folders[0], tasks_dir=tasks_dir, tasks="choice", out=tmp_path / "r.json") | flags
