@@ -60,7 +60,7 @@ def decode(
     print(f"device copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
     sizes = [(b, p, n) for b in batch_size or [1] for p in prompt_length or [128] for n in new_tokens or [128]]
     rows = []
-    for name in [*("ours int8" if q else "ours" for q in int8 or [False]), *(peer or [])]:
+    for name in [*("ours int8" if q else "ours" for q in ([False] if int8 is None else int8)), *(peer or [])]:
         if name in PEERS:
             run = hf_runner(c, device, dtype, name == "hf-static", num_samples, temperature)
             weight_bytes = matrix_elements(c) * dtype.itemsize
