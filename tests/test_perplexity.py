@@ -1,14 +1,18 @@
 """Perplexity by length: what it measures, and that the scalings are what tells the rows apart."""
 
+import json
 import math
+import signal
 
+import numpy as np
 import pytest
 import torch
 
 from lit_gpt import Config
 from lit_gpt.model import GPT
 from lit_gpt.perplexity import longer_config, perplexity_by_length, with_config
-from tests.tiny import TINY
+from lit_gpt.shards import write_shard
+from tests.tiny import TINY, run_script
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +65,27 @@ def test_a_stretched_model_goes_on_as_it_is(model):
 def test_too_little_text(model):
     with pytest.raises(ValueError, match="64 tokens of text are too few: sequences of 64 tokens need 65"):
         perplexity_by_length(model, TOKENS[:64], [16, 64])
+
+
+@pytest.mark.slow
+def test_a_longer_context_from_the_command_line_to_transformers(tmp_path, monkeypatch):
+    """Pretrain, go on with a stretched context, export: the last step compares with transformers itself."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the training's handlers would outlive it here
+    tokens = np.minimum(np.random.default_rng(0).zipf(1.5, 9000), 127).astype(np.uint16)
+    write_shard(tmp_path / f"train_slim_{0:010d}.bin", tokens)
+    flags = [
+        *("--train_data_dir", tmp_path, "--out_dir", tmp_path / "out", "--accelerator", "cpu", "--num_workers", 0),
+        *("--train_mix", '{"train_slim": 1}', "--max_steps", 2, "--warmup_steps", 0, "--model", "tiny_LLaMA_demo"),
+        *("--global_batch_tokens", 256, "--micro_batch_size", 1),
+    ]
+    short = '"n_layer": 2, "n_embd": 32, "n_head": 4, "n_query_groups": 2, "vocab_size": 128'
+    long = '"block_size": 128, "rope_scaling": "yarn", "rope_factor": 4'
+    model = ("--model_overrides", f'{{{short}, "block_size": 32}}')
+    assert run_script("../pretrain/tinyllama.py", *flags, *model, "--name", "short") == 0
+    model = ("--model_overrides", f"{{{short}, {long}}}")
+    init = ("--init_from", tmp_path / "out" / "short")
+    assert run_script("../pretrain/tinyllama.py", *flags, *model, *init, "--name", "long") == 0
+    hf = tmp_path / "hf"
+    assert run_script("convert_lit_checkpoint.py", "--checkpoint_dir", tmp_path / "out" / "long", "--out_dir", hf) == 0
+    rope = json.loads((hf / "config.json").read_text())["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4, 32)
