@@ -637,7 +637,7 @@ def _swiglu(gate_up, h, scale, amax, N, width, BLOCK_N: tl.constexpr, BLOCK_C: t
     row = n.to(tl.int64)[:, None] * width
     gate = tl.load(gate_up + 2 * row + c[None, :], inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + 2 * row + width + c[None, :], inside, other=0.0).to(tl.float32)
-    y = gate * tl.sigmoid(gate) * up
+    y = _rounded(gate * tl.sigmoid(gate) * up)  # as in the backward
     tl.store(h + row + c[None, :], _to_fp8(y, 1 / tl.load(scale), False), inside)
     _record(amax, y)
 
