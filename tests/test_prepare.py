@@ -516,6 +516,22 @@ def test_prepare_dataset_verifies_decodes_and_estimates(corpus, tokenizer_path, 
     assert result.returncode == 1 and "train_0000000001.bin: checksum" in result.stderr
 
 
+def test_redpajama_keeps_its_sets_apart(tokenizer_path, tmp_path):
+    source, lines = tmp_path / "source", {"arxiv": 3, "book": 2}
+    for name, documents in lines.items():
+        for path in (source / f"{name}_sample.jsonl", source / name / f"{name}_0.jsonl"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"text": "of the fox"}\n' * documents)
+    good = ("--source_path", source, "--tokenizer_path", tokenizer_path, "--destination_path", tmp_path / "out")
+    assert script("prepare_redpajama", *good).returncode == 0
+    assert script("prepare_redpajama", *good, "--sample=false", "--match=book").returncode == 0
+    counts = {name: read_manifest(tmp_path / "out", name).documents for name in ("arxiv_sample", "book_sample", "book")}
+    assert counts == {"arxiv_sample": 3, "book_sample": 2, "book": 2}
+    missing = script("prepare_redpajama", *good, "--sample=false")
+    assert missing.returncode == 1 and "no file in it matches c4/c4-train*.jsonl" in missing.stderr
+    assert read_manifest(tmp_path / "out", "arxiv") is None
+
+
 # --- the original ----------------------------------------------------------------------------------------------------
 
 
