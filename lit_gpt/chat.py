@@ -96,7 +96,9 @@ class ChatModel:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
         kernels = select_kernels("auto", device=torch.device(device), dtype=dtype)
-        return cls(load_model(found, kernels, device, dtype), chosen, folder.resolve().name)
+        folder = folder.resolve()
+        name = folder.parent.name if folder.name in ("hf", "adapters") else folder.name
+        return cls(load_model(found, kernels, device, dtype), chosen, name)
 
     def reply(self, messages: Sequence[Message], sampling: Sampling = Sampling()) -> "Reply":  # noqa: B008
         """The reply to a conversation that ends with the user's message; it is written as it is iterated over.

@@ -57,8 +57,12 @@ class Documents:
         self._index.index([terms(f"{p.file} {p.text}") for p in self.passages], show_progress=False)
 
     def search(self, question: str, n: int = 3) -> list[Passage]:
-        """The n passages that match best, the best first; fewer where fewer share a word with the question."""
-        known = [term for term in terms(question) if term in self._index.vocab_dict]
+        """The n passages that match best, the best first; fewer where fewer share a word with the question that is
+        more than grammar."""
+        from bm25s.stopwords import STOPWORDS_EN
+
+        grammar = {*STOPWORDS_EN, *"what who whom whose which when where why how do doe did can could i you".split()}
+        known = [term for term in terms(question) if term in self._index.vocab_dict and term not in grammar]
         if not known:
             return []
         found, scores = self._index.retrieve([known], k=min(n, len(self.passages)), show_progress=False)

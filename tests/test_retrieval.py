@@ -25,6 +25,7 @@ def test_the_best_passage_comes_first_with_its_place(folder):
     found = documents.search("Where are passports renewed?")
     assert [p.source for p in found] == ["passport.md:1"] and "town hall" in found[0].text
     assert documents.search("Do CATS sleep?", n=1)[0].source == "sub/cats.txt:1"
+    assert documents.search("What is the capital of France?") == []  # "is", "the" and "of" are in every text
     assert documents.search("quantum chromodynamics") == [] == documents.search("?!")
 
 
