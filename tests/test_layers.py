@@ -10,12 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     # floor 0
-    *("config", "kernels", "tokenizer", "text_sources", "shards", "mix", "packed_dataset", "optim", "sharding", "cluster", "cli", "metrics"),
+    *("config", "kernels", "tokenizer", "text_sources", "shards", "mix", "packed_dataset", "optim", "sharding"),
+    *("cluster", "cli", "metrics"),
     *("interrupt", "hub"),
     # floor 1
-    *("model", "int8", "prepare", "weights", "hf_tokenizer", "hf", "gguf_file", "speed_monitor", "chat_template", "chat_data"),
+    *("model", "int8", "prepare", "weights", "hf_tokenizer", "hf", "gguf_file", "speed_monitor", "chat_template"),
+    *("chat_data"),
     # floor 2
-    *("checkpoint", "pretrained", "model_card", "hf_folder", "release", "decoder", "generate", "perplexity", "scoring", "sandbox", "evaluation", "contamination", "report", "speculative", "lora", "retrieval", "chat"),
+    *("checkpoint", "pretrained", "model_card", "hf_folder", "release", "decoder", "generate", "perplexity"),
+    *("scoring", "sandbox", "evaluation", "contamination", "report", "speculative", "lora", "retrieval", "chat"),
     "lightning_cli",
 ]
 RUNNABLE = ("pretrain", "scripts", "sft", "speculative_decoding", "chat_gradio", "phone")
