@@ -231,7 +231,8 @@ class Speculator:
 
     Args:
         target, draft: models with the same tokenizer; without a draft, n-grams of the text guess.
-        guesses: in each pass; None: as many as pay, by the acceptance and the times seen so far.
+        guesses: in each pass; None: as many as pay, by the acceptance and the times seen so far. (Times differ from
+            run to run, and so do samples then, whatever the seed; with a number they are the same.)
     """
 
     def __init__(self, target: GPT, draft: GPT | None = None, guesses: int | None = None) -> None:
@@ -240,7 +241,6 @@ class Speculator:
         self.target, self.draft, self.guesses = target, draft, guesses
         self.stats = Stats()
         self._passes: _Passes | None = None
-        self._passes_made = 0
         self._kept_rate = 0.7  # of a guess, given that those before it were kept
         self._pass_s: dict[int, float] = {}  # by the number of guesses
 
@@ -304,15 +304,14 @@ class Speculator:
         first = passes.start(prompts, num_samples, generator)
         done = [self._append(row, [token], n, eos_id) for row, token in zip(rows, first, strict=True)]
         yield
-        for _ in range(1, n):
-            active = [i for i, d in enumerate(done) if not d]
+        for i in range(1, n):
+            active = [r for r, d in enumerate(done) if not d]
             if not active:
                 break
             # Positions up to the last guess must exist; the last token of a row need not be looked at any more.
             room = min(length, passes.draft.room()) - max(lengths[r] + len(rows[r]) for r in active)
             left = n - min(len(rows[r]) for r in active) - 1
-            self._passes_made += 1
-            compare = self._passes_made in (2, 4) or self._passes_made % 32 == 0
+            compare = i == 2 or i % 32 == 0
             k = 0 if compare else max(0, min(self.guesses or self._best(), room, left))
             passes.prepare(k)
             if k == 0 and room >= 0:

