@@ -776,12 +776,14 @@ print(peak - base)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["tiny_LLaMA_120M", pytest.param("tiny_LLaMA_1b", marks=pytest.mark.long)])
 def test_a_model_is_never_twice_in_memory(name, tmp_path):
     config = Config.from_name(name)
     model = GPT(config)
     size = 4 * sum(p.numel() for p in model.parameters())
     step_dir = checkpoint.save(tmp_path, 1, model, torch.optim.SGD(model.parameters()), {"config": config.to_dict()})
+    del model
     command = [sys.executable, "-c", MEASURE, str(step_dir), str(tmp_path / "hf")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     print(f"{name}: {int(result.stdout) / size:.2f} x its size")
