@@ -167,7 +167,7 @@ class TestKills:
                 assert not checkpoint.damaged(found[-1], meta)
                 assert meta["step"] >= newest
                 newest = meta["step"]
-        run_ranks(1, runs, flags, [dict(resume="auto")])
+        run_ranks(1, runs, flags, [dict(resume="auto", save_interval=max_steps)])
         a, b = (checkpoint.load_weights(d / f"step-{max_steps:08d}") for d in (straight, run_dir))
         assert all(torch.equal(a[name], b[name]) for name in a)
         assert not list(run_dir.glob("*.tmp"))
@@ -179,7 +179,7 @@ class TestKills:
 
     @pytest.mark.long
     def test_fifty_kills(self, flags):  # noqa: F811
-        self.survive(flags, kills=50, seed=2, max_steps=3000)
+        self.survive(flags, kills=50, seed=2, max_steps=400)
 
 
 @pytest.mark.slow

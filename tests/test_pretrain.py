@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from packed_data import write_source
-from processes import run_ranks
+from processes import free_port, run_ranks
 from safetensors.torch import load_file
 from tiny import run_script
 
@@ -359,6 +359,29 @@ class TestInSeveralProcesses:
         run_ranks(2, runs, flags, [mixed])
         for name in ("two", "four", "fsdp", "grid", "mixed"):
             assert losses(flags["out_dir"] / name) == pytest.approx(one, rel=1e-6), name
+
+    @pytest.mark.parametrize(
+        "launcher",
+        [
+            pytest.param("lightning run model --devices=2 --accelerator=cpu --main-port={port} pretrain/tinyllama.py"),
+            pytest.param("pretrain/torchrun_2x8.sh", marks=pytest.mark.long),
+        ],
+    )
+    def test_launchers(self, flags, launcher):
+        words = launcher.format(port=free_port()).split()
+        flags = dict(flags, max_steps=2, warmup_steps=1, val_data_dir="null")
+        environment_ = {**environment(), "NODES": "1", "GPUS": "2", "MAIN_PORT": str(free_port()), "RESTARTS": "0"}
+        environment_["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        if words[0] == "lightning":  # this project's, whatever else has the name
+            code = "import sys; from lit_gpt.lightning_cli import main; sys.argv[0] = 'lightning'; main()"
+            words[:1] = [sys.executable, "-c", code]
+        out = subprocess.run(
+            [*words, *command(flags)[1:]], capture_output=True, text=True, env=environment_, cwd=ROOT, timeout=300
+        )
+        assert out.returncode == 0, out.stderr[-3000:]
+        assert "ranks 0-1 (2 x CPU)" in out.stdout and "2 shards of each: all-gather at" in out.stdout
+        assert "on 2 x cpu, fp32; optimizer and fp32 weights shared by 2" in out.stdout
+        assert [d.name for d in checkpoint.steps(flags["out_dir"] / "run")] == ["step-00000002"]
 
     @pytest.mark.parametrize("signum, code", [(signal.SIGUSR1, 85), (signal.SIGINT, 0)])
     def test_a_signal_finishes_the_step_saves_and_ends_well(self, flags, signum, code):

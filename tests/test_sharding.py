@@ -31,26 +31,26 @@ def steps(grid: tuple[int, int] | None, dtype: torch.dtype, **more) -> tuple[lis
         weights = ShardedWeights(model, dtype, init_device_mesh("cpu", grid, mesh_dim_names=("replicate", "shard")))
     elif dtype != torch.float32:
         model.compute_in(dtype)
-    optimizer = torch.optim.AdamW(param_groups(weights, 0.1), lr=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(param_groups(weights, 0.1), lr=1e-3, fused=True)
     seen = []
     for step in range(3):
-        tokens = torch.randint(0, 63, (8, 17), generator=torch.Generator().manual_seed(step))
+        tokens = torch.randint(0, 63, (24, 17), generator=torch.Generator().manual_seed(step))
         total = torch.zeros(())
         for batch in tokens.chunk(2 * world_size)[2 * rank : 2 * rank + 2]:
             loss = model(batch[:, :-1], batch[:, 1:])
-            (loss / 128).backward()
+            (loss / 384).backward()
             total += loss.detach()
         if grid:
             weights.reduce_gradients()
             dist.all_reduce(total)
-        seen += [total.item(), clip_and_step(optimizer, 0.5).item()]
+        seen += [total.item(), round(clip_and_step(optimizer, 0.5).item(), 4)]
         optimizer.zero_grad()
     whole = {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in weights.named_parameters()}
     return seen, whole
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", [(1, 2), (2, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("grid", [(1, 3), (2, 1), (2, 2)])
 def test_every_grid_takes_the_steps_of_one_device(grid, dtype=torch.float32):
     expected, weights = steps(None, dtype)
     tolerance = dict(rel=1e-6) if dtype == torch.float32 else dict(rel=1e-2)
@@ -58,7 +58,7 @@ def test_every_grid_takes_the_steps_of_one_device(grid, dtype=torch.float32):
         assert seen == pytest.approx(expected, **tolerance)
         for name, p in weights.items():
             torch.testing.assert_close(
-                whole[name], p, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+                whole[name], p, atol=1e-4 if dtype == torch.float32 else 5e-3, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
