@@ -48,3 +48,26 @@ def test_derived_fields_follow_overrides():
 def test_impossible_shapes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Config(name="x", **wrong)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(rope_scaling="ntk", rope_factor=2), "unknown rope_scaling 'ntk'. Known: none, linear, dynamic, yarn"),
+        (dict(rope_scaling="yarn"), "rope_factor 1.0 with rope_scaling 'yarn'"),
+        (dict(rope_factor=2), "rope_factor 2 with rope_scaling 'none'"),
+        (dict(rope_scaling="yarn", rope_factor=0.5), "rope_factor 0.5"),
+        (dict(rope_scaling="yarn", rope_factor=float("nan")), "rope_factor nan"),
+    ],
+)
+def test_rope_scalings_that_make_no_sense(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**fields)
+
+
+def test_a_stretched_model_remembers_its_length():
+    config = Config.from_name("tiny_LLaMA_1b").stretched("yarn", 4)
+    assert (config.block_size, config.rope_original_size) == (8192, 2048)
+    assert Config.from_name("tiny_LLaMA_1b", block_size=8192, rope_scaling="yarn", rope_factor=4) == config
+    with pytest.raises(ValueError, match="is stretched already: yarn, 4 times"):
+        config.stretched("linear", 2)
