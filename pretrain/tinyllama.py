@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -35,6 +34,7 @@ from lit_gpt.checkpoint import Checkpointer
 from lit_gpt.cli import one_line_errors, parse
 from lit_gpt.config import Config
 from lit_gpt.hf import check_weights
+from lit_gpt.interrupt import Interrupt
 from lit_gpt.kernels import IGNORE_INDEX, select_kernels
 from lit_gpt.metrics import Metrics, plot_loss
 from lit_gpt.model import GPT
@@ -678,19 +678,6 @@ def refuse_other_model(path: Path, saved: Config, config: Config) -> None:
     if different:
         changes = ", ".join(f"{k} {was} -> {now}" for k, (was, now) in different.items())
         raise ValueError(f"{path} is of another model: {changes}. Start a new run with --init_from, or fix --model")
-
-
-class Interrupt:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C, so that the loop can finish the step, save, and end."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(signum, self._note)
-
-    def _note(self, signum: int, _frame: object) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends it at once
 
 
 def tokens_per_byte(val_set: ValidationSet) -> float:
