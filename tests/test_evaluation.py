@@ -280,7 +280,7 @@ def compare_with_reference(shared_data: Path, results: dict, samples: Path, mode
 
 @pytest.mark.shared
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [20, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("n", [8, pytest.param(200, marks=pytest.mark.long)])
 def test_a_real_model_scores_what_lm_eval_says(n, shared_data, tmp_path):
     """Every choice's log-likelihood within 0.01 of the reference, from the Hugging Face folder and from ours."""
     hf = shared_data / "models" / "stories260k"
