@@ -125,7 +125,7 @@ def p_value(draft: str, guesses: int | None, n: int = 4, samples: int = 20_000, 
     cells = torch.tensor(rows) @ V ** torch.arange(n - 1, -1, -1)
     p = expected(target, prompt, n, {"temperature": 1.0, **settings})
     assert (
-        (p > 0.001).sum() > 20 and speculator.stats.guessed > 1.5 * samples and speculator.stats.acceptance_rate > 0.1
+        (p > 0.001).sum() > 20 and speculator.stats.guessed > 1.5 * samples and speculator.stats.acceptance_rate > 0.03
     )
     counts = torch.bincount(cells, minlength=len(p))
     assert (counts[p == 0] == 0).all()
