@@ -21,7 +21,7 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,22 @@ class Checkpointer:
     say, harms neither the run nor earlier checkpoints: it is reported, and training may go on.
 
     Args:
-        keep, permanent_every: see `prune`.
+        keep, permanent_every, permanent: see `prune`.
         report: gets a line for each checkpoint that was written, or was not; called on rank 0.
+        saved: gets the step of each checkpoint that was written; called on rank 0.
     """
 
     def __init__(
-        self, run_dir: Path, keep: int = 0, permanent_every: int = 0, report: Callable[[str], None] = print
+        self,
+        run_dir: Path,
+        keep: int = 0,
+        permanent_every: int = 0,
+        permanent: Collection[int] = (),
+        report: Callable[[str], None] = print,
+        saved: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self.run_dir, self.keep, self.permanent_every, self.report = run_dir, keep, permanent_every, report
+        self.run_dir, self.keep, self.permanent_every, self.permanent = run_dir, keep, permanent_every, permanent
+        self.report, self.saved = report, saved
         # Of its own, so that the thread's messages never meet the training's.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.staged: dict[str, Any] | None = None
@@ -111,11 +119,12 @@ class Checkpointer:
         try:
             path = write(self.run_dir, step, self.staged, meta, self.group)
             if is_rank_zero():
-                prune(self.run_dir, self.keep, self.permanent_every)
+                prune(self.run_dir, self.keep, self.permanent_every, self.permanent)
                 self.report(
                     f"step {step}: saved {path}; training waited {held_up_s:.2f} s, writing took "
                     f"{time.perf_counter() - t0:.1f} s"
                 )
+                self.saved(step)
             self.error = None
         except (OSError, ValueError) as e:
             self.error = e
@@ -319,12 +328,14 @@ def steps(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda d: int(d.name.removeprefix("step-")))
 
 
-def prune(run_dir: Path, keep: int, permanent_every: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0: keep all) and those whose step `permanent_every` divides."""
+def prune(run_dir: Path, keep: int, permanent_every: int, permanent: Collection[int] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints (0: keep all), those whose step `permanent_every` divides, and those
+    of the steps in `permanent`."""
     if not is_rank_zero() or not keep:
         return
     for old in steps(run_dir)[:-keep]:
-        if not permanent_every or int(old.name.removeprefix("step-")) % permanent_every:
+        step = int(old.name.removeprefix("step-"))
+        if step not in permanent and (not permanent_every or step % permanent_every):
             shutil.rmtree(old)
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -41,10 +42,13 @@ from lit_gpt.model import GPT
 from lit_gpt.optim import SpikeGuard, clip_and_step, lr_at, param_groups
 from lit_gpt.packed_dataset import DocumentBatch, PackedDataset, PackedLoader, ValidationSet
 from lit_gpt.pretrained import open_pretrained
+from lit_gpt.release import read_schedule
 from lit_gpt.report import read_run, write_page
 from lit_gpt.sharding import ShardedWeights
 from lit_gpt.speed_monitor import RunPlan, flops_per_token, known_gpu, memory_plan, peak_flops, plan_run
 from lit_gpt.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -160,6 +164,9 @@ class TrainArgs:
     """Questions of each task, the same ones each time."""
     save_interval: int = 1000
     """Steps between two checkpoints; there is one at the end, too."""
+    release_schedule: Path | None = None
+    """File with a line such as `steps: [50000, 100000]`: these steps are saved, kept, and released beside the run into
+    out/<name>/releases; see scripts/release_checkpoint.py."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep; 0 keeps all."""
     permanent_interval: int = 50_000
@@ -212,6 +219,8 @@ class TrainArgs:
         for flag in ("log_interval", "eval_interval", "save_interval", "micro_batch_size"):
             if getattr(self, flag) < 1:
                 problems.append(f"--{flag} {getattr(self, flag)} is not positive")
+        if self.release_schedule is not None:
+            read_schedule(self.release_schedule)
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -372,7 +381,13 @@ def train(
     fsdp = world_size > 1 and args.sharding == "fsdp"
     peak = peak_flops(fabric.device, "tf32" if args.precision == "fp32" else "bf16")
     metrics = Metrics(run_dir, step, args.logger, as_json(args)) if fabric.is_global_zero else None
-    checkpoints = Checkpointer(run_dir, args.keep_checkpoints, args.permanent_interval, report)
+    releases = read_schedule(args.release_schedule) if args.release_schedule else []
+
+    def saved(step: int) -> None:
+        if step in releases:
+            release_beside(run_dir, step)
+
+    checkpoints = Checkpointer(run_dir, args.keep_checkpoints, args.permanent_interval, releases, report, saved)
     checkpoints.reserve(weights, optimizer)
     interrupt, interrupted, profiler = Interrupt(), False, None
     batches = iter(loader)
@@ -515,7 +530,7 @@ def train(
             next_picture = time.monotonic() + max(60, 100 * (time.perf_counter() - t_plot))
 
         # Save.
-        if step % args.save_interval == 0 or done:
+        if step % args.save_interval == 0 or step in releases or done:
             watch.doing("saving", step)
             meta = {
                 "tokens_seen": step * args.global_batch_tokens,
@@ -698,6 +713,13 @@ def despite_a_full_disk() -> Iterator[None]:
 
 def report(line: str) -> None:
     print(line, flush=True)
+
+
+def release_beside(run_dir: Path, step: int) -> None:
+    """Release a checkpoint in a process of its own: training does not wait for it, nor ends with it."""
+    command = [ROOT / "scripts" / "release_checkpoint.py", "--run", run_dir, "--step", step]
+    command += ["--out_dir", run_dir / "releases"]
+    subprocess.Popen([sys.executable, *map(str, command)], start_new_session=True)
 
 
 def epochs(loader: PackedLoader) -> str:

@@ -400,3 +400,25 @@ class TestInSeveralProcesses:
         assert process.wait(timeout=60) == code and "interrupted: go on with --resume true" in rest
         newest = checkpoint.steps(flags["out_dir"] / "run")[-1]
         assert f"saved {newest}" in rest and checkpoint.check(newest)["step"] >= 1
+
+
+def test_a_schedule_releases_steps_while_the_run_goes_on(flags, tmp_path, monkeypatch):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "release_checkpoint.py").write_bytes((ROOT / "scripts/release_checkpoint.py").read_bytes())
+    (tmp_path / "README.md").write_text("# Mine\n<!-- releases -->\n<!-- /releases -->\n")
+    (tmp_path / "releases.yaml").write_text("steps: [2, 5]")
+    monkeypatch.setattr(tinyllama, "ROOT", tmp_path)
+    run_dir = train(flags, release_schedule=tmp_path / "releases.yaml", keep_checkpoints=2)
+    assert [int(path.name.removeprefix("step-")) for path in checkpoint.steps(run_dir)] == [2, 5, 6, 8], "2 and 5 stay"
+    deadline = time.monotonic() + 120
+    while (tmp_path / "README.md").read_text().count("intermediate-step") < 2 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    readme = (tmp_path / "README.md").read_text()
+    for step in (2, 5):
+        name = f"TinyLlama-0M-intermediate-step-{step}-0m"
+        assert name in readme
+        assert (run_dir / "releases" / name / "model.safetensors").is_file()
+
+    (tmp_path / "releases.yaml").write_text("steps: soon")
+    with pytest.raises(ValueError, match="release schedule"):
+        train(flags, release_schedule=tmp_path / "releases.yaml", name="other")
