@@ -450,6 +450,7 @@ def train(
                 + (f", above the limits of {limits[0]:.3f} and {limits[1]:.3f}" if finite else "")
             )
             if policy == "stop":
+                checkpoints.wait()  # all ranks are here; the last one may still be on its way to the disk
                 raise ValueError(
                     f"{what}. Nothing was updated or saved; resume from the last checkpoint, with --{flag} skip to "
                     f"leave this step out"
