@@ -89,6 +89,11 @@ class Config:
         return int(self.rotary_percentage * self.head_size)
 
     @property
+    def condense_ratio(self) -> float:
+        """The factor of linear scaling, by lit-gpt's name; from_name takes it, too."""
+        return self.rope_factor if self.rope_scaling == "linear" else 1.0
+
+    @property
     def qkv_size(self) -> int:
         """Rows of the fused query, key and value projection."""
         return (self.n_head + 2 * self.n_query_groups) * self.head_size
@@ -98,6 +103,8 @@ class Config:
         """The preset `name` with some fields replaced. Raises ValueError, with the nearest names, if there is none."""
         if name not in MODELS:
             raise ValueError(f"unknown model {name!r}.{_did_you_mean(name, MODELS)} Known: {', '.join(MODELS)}")
+        if (ratio := overrides.pop("condense_ratio", None)) is not None:
+            overrides |= dict(rope_scaling="none" if ratio == 1 else "linear", rope_factor=float(ratio))
         known = [f.name for f in fields(cls)]
         for field in overrides:
             if field not in known:

@@ -71,3 +71,10 @@ def test_a_stretched_model_remembers_its_length():
     assert Config.from_name("tiny_LLaMA_1b", block_size=8192, rope_scaling="yarn", rope_factor=4) == config
     with pytest.raises(ValueError, match="is stretched already: yarn, 4 times"):
         config.stretched("linear", 2)
+
+
+def test_lit_gpts_name_of_linear_scaling():
+    assert Config.from_name("code_tiny_LLaMA_1b").condense_ratio == 4
+    assert Config.from_name("tiny_LLaMA_1b").condense_ratio == 1
+    stretched = Config.from_name("tiny_LLaMA_1b", block_size=4096, condense_ratio=2)
+    assert (stretched.rope_scaling, stretched.rope_factor, stretched.rope_original_size) == ("linear", 2, 2048)
