@@ -1,6 +1,8 @@
 """Order and fixtures of the tests: fast ones first, GPU and shared-data ones skip where they cannot run."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared_data() -> Path:
     """The folder of real data beside the project; mark tests that use it `shared`."""
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """A real model of 135M parameters as a Hugging Face folder, made from a download; without one the test skips."""
+    pytest.importorskip("gguf")
+    folder = tmp_path_factory.mktemp("smollm2")
+    script = SHARED / "models" / "smollm2-135m-instruct" / "make_hf_checkpoint.py"
+    made = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"could not be made, it needs a download: {made.stderr[-200:]}")
+    return folder
 
 
 @pytest.fixture

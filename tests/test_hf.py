@@ -705,17 +705,6 @@ def test_documents_of_the_sample_data_get_the_same_ids(name, one_in, shared_data
 # --- the real 135M model, memory -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    pytest.importorskip("gguf")
-    folder = tmp_path_factory.mktemp("smollm2")
-    script = ROOT.parent / "shared/data/models/smollm2-135m-instruct/make_hf_checkpoint.py"
-    made = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"could not be made, it needs a download: {made.stderr[-200:]}")
-    return folder
-
-
 @pytest.mark.long
 @pytest.mark.shared
 def test_smollm2(smollm2, shared_data, tmp_path):
