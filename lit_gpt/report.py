@@ -118,6 +118,12 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def markdown_of(rows: list[dict]) -> str:
+    """Rows of named values, not all of which have every name."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return markdown(columns, [[str(row.get(column, "")) for column in columns] for row in rows])
+
+
 def release_table(runs: list[Run]) -> str:
     """Date, checkpoint, tokens, step and commonsense average of every evaluation that has one, by tokens."""
     header = ["Date", "Checkpoint", "Tokens", "Step", "Commonsense Avg"]

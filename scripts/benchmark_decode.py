@@ -11,6 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from json import dumps
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from lit_gpt.generate import decode as decode_tokens
 from lit_gpt.int8 import Int8Linear, quantize_int8
 from lit_gpt.kernels import select_kernels
 from lit_gpt.model import GPT
+from lit_gpt.report import markdown_of
 
 PEERS = ("hf", "hf-static")
 
@@ -97,7 +99,9 @@ def decode(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    report(rows, json)
+    print(markdown_of(rows))
+    if json is not None:
+        json.write_text(dumps(rows, indent=1))
 
 
 def build(c: Config, kernels: str, device: torch.device, dtype: torch.dtype) -> GPT:
@@ -177,15 +181,3 @@ def copy_bandwidth(device: torch.device) -> float:
         synchronize()
         elapsed_s.append(time.perf_counter() - t0)
     return 2 * source.numel() / min(elapsed_s)
-
-
-def report(rows: list[dict], path: Path | None) -> None:
-    """The rows as a Markdown table, and as JSON if there is a path."""
-    from json import dumps
-
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
-    if path is not None:
-        path.write_text(dumps(rows, indent=1))

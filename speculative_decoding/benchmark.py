@@ -22,6 +22,7 @@ from lit_gpt.generate import generate
 from lit_gpt.int8 import quantize_int8
 from lit_gpt.kernels import select_kernels
 from lit_gpt.pretrained import load_model, open_pretrained, refuse_other_tokenizer
+from lit_gpt.report import markdown_of
 from lit_gpt.speculative import Speculator, refuse_different_tokenizers
 from lit_gpt.tokenizer import Tokenizer
 
@@ -121,7 +122,9 @@ def main(
                 same = sum(a == b for a, b in zip(texts[base], texts[name], strict=True))
                 row["same text"] = f"{same} of {len(texts[name])}"
             rows.append(row)
-    report(rows, json)
+    print(markdown_of(rows))
+    if json is not None:
+        json.write_text(dumps(rows, indent=1))
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer, n_tokens: int) -> list[list[int]]:
@@ -178,16 +181,6 @@ def spread(values: list[float], digits: int) -> str:
     """Mean ± standard deviation over the prompts."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
-
-
-def report(rows: list[dict], path: Path | None) -> None:
-    """The rows as a Markdown table, and as JSON if there is a path."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
-    if path is not None:
-        path.write_text(dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
