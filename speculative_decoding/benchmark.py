@@ -131,7 +131,10 @@ def read_prompts(path: Path, tokenizer: Tokenizer, n_tokens: int) -> list[list[i
     """The ids of each prompt in the file, the first n_tokens of them, BOS first where the tokenizer has one."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if path.suffix == ".jsonl":
-        lines = [loads(line)["text"] for line in lines]
+        try:
+            lines = [loads(line)["text"] for line in lines]
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f'--prompts {path}: not JSON lines with a "text" in each: {e!r}') from e
     bos = tokenizer.bos_id is not None
     return [tokenizer.encode(text, bos=bos, eos=False)[:n_tokens] for text in lines]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import runpy
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lit_gpt.generate import ContextFull, generate, probabilities
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
 from lit_gpt.speculative import Speculator, accept, refuse_different_tokenizers
-from tests.tiny import TINY, random_weights, write_lit_folder
+from tests.tiny import ROOT, TINY, random_weights, write_lit_folder
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8, 8, 8]]
 
@@ -233,3 +234,12 @@ def test_models_with_different_tokenizers_are_refused(tmp_path):
         refuse_different_tokenizers(a, b)
     with pytest.raises(ValueError, match="none holds no tokenizer"):
         refuse_different_tokenizers(a, none)
+
+
+def test_prompts_without_text_are_refused(tmp_path):
+    read_prompts = runpy.run_path(str(ROOT / "speculative_decoding" / "benchmark.py"))["read_prompts"]
+    prompts = tmp_path / "prompts.jsonl"
+    for line in ('{"prompt": "Once"}', "Once", "[1]"):
+        prompts.write_text(line)
+        with pytest.raises(ValueError, match="--prompts .*prompts.jsonl: not JSON lines with a .text."):
+            read_prompts(prompts, None, 8)
