@@ -4,13 +4,14 @@
 
 The same conversations and random weights of the true shape, all in one run. First, packed rows through the fast kernels
 are compared with each conversation alone in fp32. Then sft/finetune.py runs as a user runs it, with the memory of the
-process limited for adapters, and then Trainer, with padding as it comes and with conversations grouped by length.
+process limited for adapters, and then Trainer: without padding (conversations flattened into one row for
+FlashAttention-4), and padded, grouped by length.
 """
 
 import csv
 import gc
-import itertools
 import os
+import re
 import runpy
 import statistics
 import sys
@@ -42,8 +43,7 @@ def main(
     steps: int = 10,
     micro_batch_size: int = 8,
     global_batch_tokens: int = 32768,
-    trainer_batch_size: int = 4,
-    stages: list[str] = ["check", "qlora", "lora", "full", "trainer"],  # noqa: B006
+    stages: list[str] = ["check", "qlora", "lora", "full", "flat-32", "flat-16", "padded-8", "padded-4"],  # noqa: B006
 ) -> None:
     """Measure fine-tuning.
 
@@ -55,8 +55,9 @@ def main(
         steps: Optimizer steps of each run; the first three are not counted.
         micro_batch_size: Packed rows in our forward pass.
         global_batch_tokens: In our optimizer step. Trainer gets as many conversations as hold this many tokens.
-        trainer_batch_size: Conversations in Trainer's forward pass.
-        stages: What to run, in this order.
+        stages: What to run, in this order. flat-32 is Trainer with 32 conversations in its forward pass, without
+            padding; padded-8 with 8, padded; padded-8-bf16 with weights and Adam's moments in bf16, which is faster and
+            trains worse than fp32 as ours.
     """
     base = out_dir / "base"
     config = Config.from_name(model)
@@ -85,11 +86,11 @@ def main(
             elif stage == "qlora":
                 flags = ["--method", "qlora", *small, "--name", f"qlora-{os.getpid()}"]
                 speeds["ours, QLoRA"] = finetune([*common, *flags], limit_gb=4)
-            elif stage == "trainer":
-                per_step = max(1, round(global_batch_tokens / (report.tokens / report.kept) / trainer_batch_size))
-                for dtype, grouped in itertools.product((torch.float32, torch.bfloat16), (False, True)):
-                    name = f"Trainer with Liger, {dtype} weights, {'grouped by length' if grouped else 'as they come'}"
-                    speeds[name] = trainer(base, rows, steps, trainer_batch_size, per_step, dtype, grouped)
+            elif match := re.fullmatch(r"(flat|padded)-(\d+)(-bf16)?", stage):
+                batch_size, dtype = int(match[2]), torch.bfloat16 if match[3] else torch.float32
+                per_step = max(1, round(global_batch_tokens / (report.tokens / report.kept) / batch_size))
+                flat = match[1] == "flat"
+                speeds[f"Trainer, {stage}"] = trainer(base, rows, steps, batch_size, per_step, dtype, flat)
             else:
                 raise ValueError(f"--stages: unknown stage {stage!r}")
         except (RuntimeError, ImportError, SystemExit) as e:  # the others are still worth their time
@@ -171,60 +172,72 @@ def finetune(flags: list, limit_gb: float | None = None) -> float:
 
 
 def trainer(
-    base: Path, rows: PackedRows, steps: int, batch_size: int, accumulation: int, dtype: torch.dtype, grouped: bool
+    base: Path, rows: PackedRows, steps: int, batch_size: int, accumulation: int, dtype: torch.dtype, flat: bool
 ) -> float:
-    """transformers' Trainer, as it is used: bf16 autocast, fused AdamW, Liger's kernels.
+    """transformers' Trainer at its best: bf16 autocast, fused AdamW, Liger's kernels.
 
     Args:
-        dtype: of the weights and of Adam's moments: float32 as ours, or bfloat16, which is faster and trains worse.
-        grouped: batches of conversations of about the same length.
+        dtype: of the weights and of Adam's moments.
+        flat: conversations end to end in one row that attention keeps apart, by FlashAttention-4 where there is a GPU.
+            Else padded to the longest of a batch, grouped by length, with PyTorch's attention.
     """
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        DataCollatorForSeq2Seq,
+        DataCollatorWithFlattening,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
+    on_gpu = torch.cuda.is_available()
     examples = [
-        {"input_ids": ids.long(), "labels": ids.long().masked_fill(~trained, IGNORE_INDEX), "length": len(ids)}
+        {"input_ids": ids.tolist(), "labels": ids.long().masked_fill(~trained, IGNORE_INDEX).tolist()}
         for ids, trained in zip(rows.ids, rows.trained, strict=True)
     ]
     seen = {"tokens": 0}
+    times: list[tuple[float, int]] = []
 
     def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
-        def pad(key: str, value: int) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([e[key] for e in batch], batch_first=True, padding_value=value)
-
         seen["tokens"] += sum(len(e["input_ids"]) for e in batch)
-        ones = [{"mask": torch.ones_like(e["input_ids"])} for e in batch]
-        mask = torch.nn.utils.rnn.pad_sequence([e["mask"] for e in ones], batch_first=True)
-        return {"input_ids": pad("input_ids", 0), "labels": pad("labels", IGNORE_INDEX), "attention_mask": mask}
+        return together(batch)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__) -> None:
-            if torch.cuda.is_available():
+            if on_gpu:
                 torch.cuda.synchronize()
             times.append((time.perf_counter(), seen["tokens"]))
 
-    times: list[tuple[float, int]] = []
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    if flat:
+        together = DataCollatorWithFlattening(return_flash_attn_kwargs=on_gpu)
+    else:
+        from transformers import PreTrainedTokenizerFast
+
+        padding = PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"), pad_token="<unk>")
+        together = DataCollatorForSeq2Seq(padding)
+    attention = {"attn_implementation": "flash_attention_4"} if flat and on_gpu else {}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **attention)
     model.config.use_cache = False
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     args = TrainingArguments(
         output_dir=base.parent / "trainer",
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
-        bf16=torch.cuda.is_available(),
+        bf16=on_gpu,
         optim="adamw_torch_fused",
-        use_liger_kernel=torch.cuda.is_available(),
+        use_liger_kernel=on_gpu,
         learning_rate=2e-5,
         max_grad_norm=1.0,
         save_strategy="no",
         logging_steps=1,
         report_to=[],
         remove_unused_columns=False,
-        **({"train_sampling_strategy": "group_by_length"} if grouped else {}),
+        **({} if flat else {"train_sampling_strategy": "group_by_length"}),
     )
     Trainer(model=model, args=args, train_dataset=examples, data_collator=collate, callbacks=[Clock()]).train()
-    if torch.cuda.is_available():
+    if on_gpu:
         print(f"peak: {torch.cuda.max_memory_reserved() / 1e9:.2f} GB reserved", flush=True)
     speeds = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(times[:-1], times[1:], strict=True)]
     print(f"tokens/s of each step: {' '.join(f'{s:.0f}' for s in speeds)}", flush=True)
