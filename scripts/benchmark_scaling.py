@@ -2,8 +2,8 @@
 
 python scripts/benchmark.py scaling --devices '[1, 2, 4]' --model '[tiny_LLaMA_1b]' --sharding '[optimizer, fsdp]'
 
-Every number of devices is one torchrun, which measures all models and ways one after the other on random tokens, with
-the optimizer step of pretrain/tinyllama.py: fp32 parameters, moments and sums of gradients, clipping.
+One torchrun on random tokens, with the optimizer step of pretrain/tinyllama.py: fp32 parameters, moments and sums of
+gradients, clipping. Kernels are compiled once for all cases, and GPUs that a case leaves free measure another one.
 """
 
 import gc
@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 import time
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,8 +34,10 @@ def scaling(
     devices: list[int] | None = None,
     model: list[str] | None = None,
     sharding: list[str] | None = None,
+    precision: list[str] | None = None,
     micro_batch_tokens: int = 32_768,
     accumulation: int = 8,
+    steps: int = 2,
     kernels: str = "auto",
     json: Path | None = None,
 ) -> None:
@@ -44,39 +48,46 @@ def scaling(
         model: presets of lit_gpt/config.py. Default: tiny_LLaMA_1b.
         sharding: optimizer, fsdp or ddp, as pretrain/tinyllama.py's; optimizer/2 shares among 2 and repeats. Default:
             optimizer, fsdp.
+        precision: bf16 or fp8. Default: bf16.
         micro_batch_tokens: in one forward and backward of a device.
-        accumulation: micro-batches in an optimizer step; the fewer, the more its communication counts.
+        accumulation: micro-batches of a device in an optimizer step; the fewer, the more its communication counts.
+        steps: that are timed, after two short ones; the fastest counts.
         kernels: backends, as pretrain/tinyllama.py's --kernels.
         json: write the rows to this file as well.
     """
-    n = max(torch.cuda.device_count(), 1)
-    models, ways = model or ["tiny_LLaMA_1b"], sharding or ["optimizer", "fsdp"]
+    available = max(torch.cuda.device_count(), 1)
+    devices = devices or [n for n in (1, 2, 4, 8, 16) if n <= available]
+    request = dict(
+        devices=devices,
+        cases=list(product(sharding or ["optimizer", "fsdp"], model or ["tiny_LLaMA_1b"], precision or ["bf16"])),
+        tokens=micro_batch_tokens,
+        accumulation=accumulation,
+        steps=steps,
+        kernels=kernels,
+    )
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={max(devices)}", __file__]
+    worker = subprocess.Popen([sys.executable, *words, dumps(request)], stdout=subprocess.PIPE, text=True)
     rows: list[dict] = []
-    for count in devices or [c for c in (1, 2, 4, 8, 16) if c <= n]:
-        cases = [(m, w) for m in models for w in (ways if count > 1 else ["one device"])]
-        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
-        request = dict(cases=cases, tokens=micro_batch_tokens, accumulation=accumulation, kernels=kernels)
-        worker = subprocess.Popen([sys.executable, *words, dumps(request)], stdout=subprocess.PIPE, text=True)
-        for line in worker.stdout:
-            if not line.startswith("{"):
-                print(line, end="", flush=True)
-                continue
-            row = loads(line)
-            one = next((r["tokens/s/GPU"] for r in rows if r["model"] == row["model"] and r["GPUs"] == 1), None)
-            if one:
-                row["x one GPU"] = round(row["tokens/s/GPU"] * count / one, 3)
-            rows.append(row)
-            print(row, flush=True)
-        if worker.wait():
-            raise ValueError(f"the run on {count} devices failed")
-    if json is not None:
-        json.write_text(dumps(rows))
+    for line in worker.stdout:
+        if not line.startswith("{"):
+            print(line, end="", flush=True)
+            continue
+        row = loads(line)
+        same = [r for r in rows if all(r[key] == row[key] for key in ("model", "precision")) and r["GPUs"] == 1]
+        if same and same[0]["tokens/s/GPU"]:
+            row["x one GPU"] = round(row["tokens/s/GPU"] * row["GPUs"] / same[0]["tokens/s/GPU"], 3)
+        rows.append(row)
+        print(row, flush=True)
+        if json is not None:
+            json.write_text(dumps(rows))
+    if worker.wait():
+        raise ValueError(f"the run on {max(devices)} devices failed")
 
 
 # --- one rank --------------------------------------------------------------------------------------------------------
 
 
-def measure(cases: list[tuple[str, str]], tokens: int, accumulation: int, kernels: str) -> None:
+def measure(devices: list[int], cases: list[tuple[str, str, str]], **how) -> None:
     rank, world_size, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -86,29 +97,50 @@ def measure(cases: list[tuple[str, str]], tokens: int, accumulation: int, kernel
         check = cluster.self_check(store, init_device_mesh(device.type, (world_size,)), ("ranks",))
         if rank == 0:
             print(check, flush=True)
-    for name, way in cases:
-        t0 = time.perf_counter()
-        row = {"model": name, "GPUs": world_size, "sharding": way}
-        try:
-            row |= time_case(Config.from_name(name), way, tokens, accumulation, kernels, device, world_size)
-        except torch.OutOfMemoryError:
-            row |= {"tokens/s/GPU": 0, "problem": "out of memory"}
-        row["took s"] = round(time.perf_counter() - t0, 1)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        if rank == 0:
-            print(dumps(row), flush=True)
+    cluster.leave()
+    for n in devices:
+        # Groups of n ranks, each with a process group of its own, measure different cases at the same time.
+        groups, (group, place) = world_size // n, divmod(rank, n)
+        todo = cases if n > 1 else list(dict.fromkeys(("one device", *case[1:]) for case in cases))
+        mine = todo[group::groups] if group < groups else []
+        if mine and n > 1:
+            cluster.init(dist.PrefixStore(f"{n}/{group}", store), place, n, device)
+        for way, name, precision in mine:
+            t0 = time.perf_counter()
+            row = {"model": name, "precision": precision, "GPUs": n, "sharding": way}
+            try:
+                row |= time_case(Config.from_name(name), precision, way, device, n, **how)
+            except torch.OutOfMemoryError:
+                row |= {"tokens/s/GPU": 0, "problem": "out of memory"}
+            row["took s"] = round(time.perf_counter() - t0, 1)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            if place == 0:
+                print(dumps(row), flush=True)
+        cluster.leave()
+        store.set(f"{n}/done/{rank}", "")
+        store.wait([f"{n}/done/{r}" for r in range(world_size)], timedelta(seconds=cluster.COLLECTIVE_S))
 
 
 def time_case(
-    config: Config, way: str, tokens: int, accumulation: int, kernels: str, device: torch.device, world_size: int
+    config: Config,
+    precision: str,
+    way: str,
+    device: torch.device,
+    world_size: int,
+    tokens: int,
+    accumulation: int,
+    steps: int,
+    kernels: str,
 ) -> dict:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads = (config.n_head, config.n_query_groups, config.head_size)
     with device:
         model = GPT(config, select_kernels(kernels, device=device, dtype=dtype, heads=heads))
     model.init_weights(1)
+    if precision == "fp8":
+        model.train_in_fp8()
     weights, fsdp = model, False
     if way == "one device":
         model.compute_in(dtype)
@@ -155,7 +187,7 @@ def time_case(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elapsed_s, after_s = [], []
-    while len(elapsed_s) < 2:
+    while len(elapsed_s) < steps:
         if dist.is_initialized():
             dist.barrier()
         t0 = time.perf_counter()
