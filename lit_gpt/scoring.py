@@ -57,20 +57,23 @@ def score(model: GPT, pairs: Sequence[Pair], pack_tokens: int | None = None) -> 
 
     Args:
         model: in evaluation mode; a pair's tokens but the last must fit its block_size.
-        pack_tokens: tokens of one forward pass; None: 32,768 on a GPU, 2,048 elsewhere, halved while memory is short.
+        pack_tokens: tokens of one forward pass, more where one text has more; None: 32,768 on a GPU, 2,048 elsewhere,
+            halved while memory is short.
 
     Raises:
         ValueError: an empty context or continuation, or a pair that is too long.
     """
     device = model.lm_head.weight.device
     block_size = model.config.block_size
+    longest = 0
     for i, (context, continuation) in enumerate(pairs):
         if not context or not continuation:
             raise ValueError(f"pair {i}: the context and the continuation need a token each")
-        if len(context) + len(continuation) - 1 > block_size:
-            n = len(context) + len(continuation)
+        n = len(context) + len(continuation)
+        if n - 1 > block_size:
             raise ValueError(f"pair {i} has {n:,} tokens; the model takes {block_size:,} and one to predict")
-    pack_tokens = max(pack_tokens or (32_768 if device.type == "cuda" else 2_048), block_size)
+        longest = max(longest, n - 1)
+    pack_tokens = max(pack_tokens or (32_768 if device.type == "cuda" else 2_048), longest)
     groups, questions = group(pairs, pack_tokens)
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
