@@ -248,9 +248,7 @@ class Watch:
                 silent_s = time.monotonic() - heard_at
                 if heard != b"done" and (silent_s > SILENCE_S or (silent_s > 2 * BEAT_S and self._next_is_gone())):
                     message = f"{name(self.store, self.next)} died, or cannot be reached, {silent_s:.0f} s ago"
-                    self.store.compare_set("verdict", "", message)
-                    time.sleep(2 * BEAT_S)  # a rank 0 that holds the store must outlive its own message
-                    self._leave(self.store.get("verdict").decode())
+                    self._leave(self.store.compare_set("verdict", "", message).decode())
             except RuntimeError as e:
                 if not self._end.is_set():
                     self._leave(f"rank 0, which holds the store, died or cannot be reached ({first_line(e)})")
@@ -273,6 +271,8 @@ class Watch:
     def _leave(self, message: str) -> None:
         self._say(f"error: {message}; rank {self.rank} ends in step {self._step + 1}, resume from the last checkpoint")
         sys.stdout.flush()
+        if self.rank == 0:
+            time.sleep(3 * BEAT_S)  # it may hold the store, where the others read the same
         os._exit(1)  # the training thread may wait in a collective for ever, where no exception reaches it
 
     def _say(self, message: str) -> None:

@@ -273,7 +273,7 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
         raise ValueError(f"--tokenizer_path {tokenizer.path} is not the tokenizer that made {args.train_data_dir}")
     if args.verify_data and fabric.is_global_zero:
         dataset.verify()
-    fabric.print(dataset.table())
+    report(dataset.table())
 
     # The model, real from the start and the same at any world size; then sharded, if there is more than one device.
     dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
@@ -291,7 +291,7 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(pretrained.weights[name])
-        fabric.print(f"weights from {pretrained.path}; optimizer, data and step start anew")
+        report(f"weights from {pretrained.path}; optimizer, data and step start anew")
     else:
         model.init_weights(args.seed)
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -321,15 +321,15 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
         step, guard = meta["step"], SpikeGuard(meta.get("spike_guard"))
         if model.module.fp8 is not None and meta.get("fp8"):
             model.module.fp8.load_state_dict(meta["fp8"])
-        fabric.print(
+        report(
             f"resumed model, optimizer, RNG and data position from {resume_from} in {time.perf_counter() - t0:.1f} s"
         )
         for flag, was in meta["args"].items():
             now = as_json(args).get(flag)
             if was != now and flag != "resume":
-                fabric.print(f"  --{flag} was {was} and is now {now}")
+                report(f"  --{flag} was {was} and is now {now}")
 
-    fabric.print(
+    report(
         f"{config.name}: {n_parameters:,} parameters on {fabric.world_size} x {fabric.device.type}, {args.precision}"
         f"{sharing(args, fabric)}\n"
         f"{kernels.table()}\n"
@@ -340,7 +340,7 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
     if gpu := known_gpu(fabric.device):
         expected = plan(args, config, gpu, fabric.world_size, max_steps - step)
         if expected.days > 1 / 24:
-            fabric.print(expected)
+            report(expected)
     if fabric.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         if tokenizer:
@@ -455,7 +455,7 @@ def train(
                     f"{what}. Nothing was updated or saved; resume from the last checkpoint, with --{flag} skip to "
                     f"leave this step out"
                 )
-            fabric.print(f"{what}: skipped")
+            report(f"{what}: skipped")
         else:
             guard.add(loss, grad_norm)
         optimizer.zero_grad()
@@ -472,7 +472,7 @@ def train(
         if fp8 is not None and (step % args.log_interval == 0 or done):  # on all ranks, which leave fp8 together
             fp8_counts["fp8_saturated"], fp8_counts["fp8_nonfinite"], lines = fp8.check()
             for line in lines:
-                fabric.print(f"step {step}: {line}")
+                report(f"step {step}: {line}")
         if metrics and (step % args.log_interval == 0 or done):
             elapsed_s = time.perf_counter() - t0
             speed = tokens_since / elapsed_s
@@ -509,7 +509,7 @@ def train(
             for name, val_set in val_sets.items():
                 val_loss = validate(fabric, model, val_set, args.micro_batch_size)
                 bits_per_byte = val_loss / math.log(2) * tokens_per_byte(val_set)
-                fabric.print(f"step {step}: {name} loss {val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
+                report(f"step {step}: {name} loss {val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
                 # The first set is the run's validation loss, further ones have columns of their own.
                 of = f"/{name}" if row else ""
                 row |= {f"val_loss{of}": val_loss, f"val_bits_per_byte{of}": bits_per_byte}
@@ -518,7 +518,7 @@ def train(
                 task_scores = score_tasks()
                 row |= {f"eval/{task}": value for task, value in task_scores.items()}
                 said = ", ".join(f"{task} {100 * value:.1f}" for task, value in task_scores.items())
-                fabric.print(f"step {step}: {said} (%, in {time.perf_counter() - t_score:.1f} s)")
+                report(f"step {step}: {said} (%, in {time.perf_counter() - t_score:.1f} s)")
             if metrics:
                 with despite_a_full_disk():
                     metrics.log(step, tokens=tokens, **row)
@@ -549,7 +549,7 @@ def train(
     watch.doing("saving", step)
     checkpoints.close()
     if interrupted:
-        fabric.print(f"interrupted: go on with --resume true from step {step}")
+        report(f"interrupted: go on with --resume true from step {step}")
     if metrics:
         metrics.close()
     return interrupted
@@ -712,8 +712,10 @@ def despite_a_full_disk() -> Iterator[None]:
         report(f"warning: not logged: {e}")
 
 
-def report(line: str) -> None:
-    print(line, flush=True)
+def report(what: object) -> None:
+    """Print it on rank 0; fabric.print would on each node, and a job's nodes often share a log."""
+    if checkpoint.is_rank_zero():
+        print(what, flush=True)
 
 
 def release_beside(run_dir: Path, step: int) -> None:
