@@ -282,6 +282,7 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
         device=fabric.device,
         dtype=dtype,
         heads=(config.n_head, config.n_query_groups, config.head_size),
+        fp8=args.precision == "fp8",
     )
     with fabric.device:
         model = GPT(config, kernels)

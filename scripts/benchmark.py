@@ -110,7 +110,7 @@ def step(
 def build_ours(kernels: str, config: Config, device: torch.device, precision: str, recompute: bool):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     heads = (config.n_head, config.n_query_groups, config.head_size)
-    selected = select_kernels(kernels, device=device, dtype=dtype, heads=heads)
+    selected = select_kernels(kernels, device=device, dtype=dtype, heads=heads, fp8=precision == "fp8")
     print(selected.table(), flush=True)
     with device:
         model = GPT(config, selected)

@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 
 from lit_gpt.kernels import attention as _attention
+from lit_gpt.kernels import precompile
 from lit_gpt.kernels.attention import attention, cached_attention
 from lit_gpt.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from lit_gpt.kernels.linear import ComputeWeights, embedding, linear
@@ -57,7 +58,12 @@ ELEMENTWISE = ("rms_norm", "add_rms_norm", "split_rope", "swiglu_mlp", "linear_c
 
 
 def select_kernels(
-    name: str = "auto", *, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int] = (4, 2, 64)
+    name: str = "auto",
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int] = (4, 2, 64),
+    fp8: bool = False,
 ) -> Kernels:
     """The backends named, or for `auto` the fastest that work on this device and dtype.
 
@@ -68,6 +74,7 @@ def select_kernels(
             alone means the references throughout.
         heads: query heads, key/value heads and head size, for which attention must work. Packages that compile their
             kernels do so here: give the model's own, or they will again at the first step.
+        fp8: the model will train in fp8, which has a SwiGLU of its own (kernels/fp8.py): `auto` does without quack.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run on this device and dtype.
@@ -86,9 +93,15 @@ def select_kernels(
     if name == "torch":
         attention_name = "torch"
 
-    rest, why_rest = _choose(rest_name, ("quack", "triton", "torch"), lambda n: _usable(n, device, dtype))
-    # By measurement on an H100: fa4 >= cudnn > fa2 = flash.
+    # By measurement on an H100.
+    rest_order = ("triton", "torch") if fp8 else ("quack", "triton", "torch")
     order = ("fa4", "cudnn", "fa2", "flash", "torch")
+    first = [
+        order[0] if attention_name == "auto" else attention_name,
+        rest_order[0] if rest_name == "auto" else rest_name,
+    ]
+    precompile.precompile(first, heads, device, dtype)
+    rest, why_rest = _choose(rest_name, rest_order, lambda n: _usable(n, device, dtype))
     attend, why_attend = _choose(attention_name, order, lambda n: _attention.usable(n, device, dtype, heads))
     functions = {"attention": _attention.load(attend)}
     backends = dict.fromkeys(ELEMENTWISE, rest)
@@ -138,11 +151,10 @@ def _usable(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if capability[0] != 9 or dtype != torch.bfloat16:
         return "needs a Hopper GPU and bf16"
     try:
-        from lit_gpt.kernels.quack_mlp import swiglu_mlp
+        from lit_gpt.kernels.quack_mlp import calls
 
-        shapes = ((64, 64), (128, 64), (128, 64), (64, 128))
-        tensors = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
-        swiglu_mlp(*tensors).sum().backward()
+        for call in calls(device):
+            call()
     except ImportError as e:
         return f'not installed: pip install quack-kernels==0.5.0 "nvidia-cutlass-dsl[cu13]==4.5.3" ({e})'
     except Exception as e:  # whatever a foreign package raises, it does not work here

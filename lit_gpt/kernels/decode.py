@@ -66,15 +66,16 @@ def swiglu(
 def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, add: bool) -> None:
     (M, K), N = x.shape, weight.size(0)
     assert M <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous() and y.is_contiguous()
+    int8 = scale is not None
     pdl = has_pdl(x.device)
-    launch = {"launch_pdl": True} if pdl else {}
-    if M > 1 and norm is not None:  # a program of the product would norm all rows again
-        normed = torch.empty_like(x)
-        _rms_norm[(M,)](x, norm, normed, K, eps, PDL=pdl, BLOCK=triton.next_power_of_2(K), num_warps=4, **launch)
-        x, norm = normed, None
-    block_n, block_k, warps, stages = _tile(M, N, gated, add, scale is not None)
-    kernel = _linear_one_row if M == 1 else _linear_few_rows
-    kernel[(triton.cdiv(N, block_n),)](
+    if M == 1:
+        kernel, tile = _linear_one_row, _tile_one_row(N, gated, int8)
+        outputs = tile["BLOCK_N"]
+        tile["BLOCK_K"] = min(tile["BLOCK_K"], triton.next_power_of_2(K))
+    else:
+        kernel, tile = _linear_few_rows, _tile_few_rows(N, K, gated, add, int8)
+        outputs = 8 if gated else 8 * (1 + tile["PAIR"])
+    kernel[(triton.cdiv(N, outputs),)](
         x,
         x if norm is None else norm,
         weight,
@@ -89,23 +90,28 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
         NORM=norm is not None,
         GATED=gated,
         ADD=add,
-        INT8=scale is not None,
+        INT8=int8,
         PDL=pdl,
-        BLOCK_N=block_n,
-        BLOCK_K=min(block_k, triton.next_power_of_2(K)),
-        num_warps=warps,
-        num_stages=stages,
-        **launch,
+        **tile,
+        **({"TALL": M > 8} if M > 1 else {}),
+        **({"launch_pdl": True} if pdl else {}),
     )
 
 
-def _tile(M: int, N: int, gated: bool, add: bool, int8: bool) -> tuple[int, int, int, int]:
-    """(BLOCK_N, BLOCK_K, warps, stages): the fastest of those tried on an H100 with the shapes of TinyLlama-1.1B."""
-    if M > 1:
-        return (32, 256, 4, 3) if int8 else (16, 256, 2, 4) if add else (64, 128, 4, 4)
+def _tile_one_row(N: int, gated: bool, int8: bool) -> dict[str, int]:
+    """The fastest of those tried on an H100 with the shapes of TinyLlama-1.1B."""
     if gated and int8:
-        return 2, 1024, 2, 1
-    return (4, 1024, 4, 1) if gated or N > 8192 else (8, 2048, 8, 1)
+        return dict(BLOCK_N=2, BLOCK_K=1024, num_warps=2, num_stages=1)
+    if gated or N > 8192:
+        return dict(BLOCK_N=4, BLOCK_K=1024, num_warps=4, num_stages=1)
+    return dict(BLOCK_N=8, BLOCK_K=2048, num_warps=8, num_stages=1)
+
+
+def _tile_few_rows(N: int, K: int, gated: bool, add: bool, int8: bool) -> dict[str, int]:
+    """As _tile_one_row. A program of 8 warps reads its whole rows at once where they are no longer than 2,048."""
+    width = 64 if int8 else 32
+    slices = 8 * max(1, min(2048 if K <= 2048 else 512, triton.next_power_of_2(K)) // (8 * width))
+    return dict(PAIR=gated or N > 8192, SLICES=slices, BLOCKS=1, num_warps=8, num_stages=1)
 
 
 def has_pdl(device: torch.device) -> bool:
@@ -166,52 +172,124 @@ def _linear_one_row(
 def _linear_few_rows(
     x, norm, weight, scale, up, up_scale, y, M, N, eps,
     K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, INT8: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr, TALL: tl.constexpr, PAIR: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of up to 16 rows, by the matrix units: weights (BLOCK_N, K) times x (K, 16)."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, 16)
-    k = tl.arange(0, BLOCK_K)
+    """8 outputs (16 for PAIR without GATED) of up to 16 rows, by the matrix units: x (16, K) times weights (K, 8).
+
+    K is cut into SLICES, spread over the warps, whose products are added at the end. Each thread loads 16 bytes of a
+    row, 4 threads beside each other, and these bytes are its operands as they are: the order of the inputs within a
+    product is free, if x and the weights have the same. So nothing passes through shared memory, and a program's
+    weights are all on their way before the kernel ahead has ended.
+    """
+    L: tl.constexpr = 16 if INT8 else 8  # elements that a thread loads together
+    STEP: tl.constexpr = SLICES * BLOCKS * 4 * L
+    i = tl.arange(0, 8)
+    n = tl.program_id(0) * (16 if PAIR and not GATED else 8) + i
+    # (8, SLICES, BLOCKS, 4 L): in this order of dimensions the compiler gives a warp 8 rows of 4 L elements.
+    k = tl.arange(0, SLICES)[None, :, None, None] * (BLOCKS * 4 * L)
+    k += tl.arange(0, BLOCKS)[None, None, :, None] * (4 * L) + tl.arange(0, 4 * L)[None, None, None, :]
+    # Rows that are too many read the last one again, and are not stored.
+    first = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None, None, None] * K + k
+    second = first
+    if GATED:
+        second = up + tl.minimum(n, N - 1).to(tl.int64)[:, None, None, None] * K + k
+    elif PAIR:
+        second = weight + tl.minimum(n + 8, N - 1).to(tl.int64)[:, None, None, None] * K + k
+    # The first weights do not depend on the kernel before: they are read while that one ends.
+    w = _load(first, k, 0, K, STEP)
+    if PAIR:
+        u = _load(second, k, 0, K, STEP)
+    if NORM:
+        g = _load(norm + k, k, 0, K, STEP)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    total = tl.zeros((BLOCK_N, 16), tl.float32)
-    up_total = tl.zeros((BLOCK_N, 16), tl.float32)
-    rows = n.to(tl.int64)[:, None] * K
-    for start in range(0, K, BLOCK_K):
-        c = start + k
-        inside = (n < N)[:, None] & (c < K)[None, :]
-        w = tl.load(weight + rows + c[None, :], inside, other=0.0)
-        a = tl.load(x + m[:, None] * K + c[None, :], (m < M)[:, None] & (c < K)[None, :], other=0.0)
-        a = tl.trans(a)
-        total = tl.dot(w.to(a.dtype), a, total, input_precision="ieee")
-        if GATED:
-            u = tl.load(up + rows + c[None, :], inside, other=0.0)
-            up_total = tl.dot(u.to(a.dtype), a, up_total, input_precision="ieee")
+    lower = x + tl.minimum(i, M - 1)[:, None, None, None] * K + k
+    upper = x + tl.minimum(i + 8, M - 1)[:, None, None, None] * K + k
+    total = tl.zeros((SLICES, 16, 8), tl.float32)
+    second_total = tl.zeros((SLICES, 16, 8), tl.float32)
+    squares = tl.zeros((SLICES, 16, 8), tl.float32)
+    upper_squares = tl.zeros((SLICES, 16, 8), tl.float32)
+    for start in tl.static_range(0, K, STEP):
+        a = _load(lower + start, k, start, K, STEP)
+        b = _load(upper + start, k, start, K, STEP) if TALL else tl.zeros_like(a)
+        if start > 0:
+            w = _load(first + start, k, start, K, STEP)
+            if PAIR:
+                u = _load(second + start, k, start, K, STEP)
+        if NORM:
+            if start > 0:
+                g = _load(norm + start + k, k, start, K, STEP)
+            # Of x xᵀ the diagonal: the matrix units are idle anyway.
+            xs = _both(a, b, SLICES, BLOCKS, L)
+            squares = tl.dot(xs, _operand(a, SLICES, BLOCKS, L), squares, input_precision="ieee")
+            if TALL:
+                upper_squares = tl.dot(xs, _operand(b, SLICES, BLOCKS, L), upper_squares, input_precision="ieee")
+            a *= g.to(a.dtype)
+            b *= g.to(a.dtype)
+        xs = _both(a, b, SLICES, BLOCKS, L)
+        total = tl.dot(xs, _operand(w, SLICES, BLOCKS, L).to(a.dtype), total, input_precision="ieee")
+        if PAIR:
+            second_total = tl.dot(xs, _operand(u, SLICES, BLOCKS, L).to(a.dtype), second_total, input_precision="ieee")
+
+    m = tl.arange(0, 16)
+    out = tl.sum(total, 0)  # (16, 8)
+    if PAIR:
+        second_out = tl.sum(second_total, 0)
+    if NORM:
+        diagonal = tl.where(m[:, None] == i[None, :], tl.sum(squares, 0), 0.0)
+        if TALL:
+            diagonal += tl.where(m[:, None] == i[None, :] + 8, tl.sum(upper_squares, 0), 0.0)
+        r = tl.rsqrt(tl.sum(diagonal, 1) / K + eps)[:, None]
+        out *= r
+        if PAIR:
+            second_out *= r
     if INT8:
-        total *= tl.load(scale + n, n < N, other=0.0)[:, None]
+        out *= tl.load(scale + n, n < N, other=0.0)[None, :]
+        if GATED:
+            second_out *= tl.load(up_scale + n, n < N, other=0.0)[None, :]
+        elif PAIR:
+            second_out *= tl.load(scale + n + 8, n + 8 < N, other=0.0)[None, :]
     if GATED:
-        if INT8:
-            up_total *= tl.load(up_scale + n, n < N, other=0.0)[:, None]
-        total = total * tl.sigmoid(total) * up_total
-    where = y + m[None, :] * N + n[:, None]
-    inside = (n < N)[:, None] & (m < M)[None, :]
+        out = out * tl.sigmoid(out) * second_out
+    where = y + m[:, None] * N + n[None, :]
+    inside = (m < M)[:, None] & (n < N)[None, :]
     if ADD:
-        total += tl.load(where, inside, other=0.0).to(tl.float32)
-    tl.store(where, total.to(y.dtype.element_ty), inside)
+        out += tl.load(where, inside, other=0.0).to(tl.float32)
+    tl.store(where, out.to(y.dtype.element_ty), inside)
+    if PAIR and not GATED:
+        inside = (m < M)[:, None] & (n + 8 < N)[None, :]
+        if ADD:
+            second_out += tl.load(where + 8, inside, other=0.0).to(tl.float32)
+        tl.store(where + 8, second_out.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
-def _rms_norm(x, weight, y, K, eps, PDL: tl.constexpr, BLOCK: tl.constexpr):
-    k = tl.arange(0, BLOCK)
-    row = tl.program_id(0).to(tl.int64) * K
-    w = tl.load(weight + k, k < K, other=0.0).to(tl.float32)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    a = tl.load(x + row + k, k < K, other=0.0).to(tl.float32)
-    a *= tl.rsqrt(tl.sum(a * a, 0) / K + eps) * w
-    tl.store(y + row + k, a.to(y.dtype.element_ty), k < K)
+def _load(where, k, start: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr):
+    """Elements start + k of rows of K, zeros beyond."""
+    if start + STEP <= K:
+        return tl.load(where)
+    return tl.load(where, start + k < K, other=0.0)
+
+
+@triton.jit
+def _in_order(a, SLICES: tl.constexpr, BLOCKS: tl.constexpr, L: tl.constexpr):
+    """(8, SLICES, BLOCKS, 4 L) as loaded, to (SLICES, 8, BLOCKS · 4 L) as the matrix units count: they take 4 elements
+    from each of 4 threads at a time."""
+    a = tl.reshape(a, (8, SLICES, BLOCKS, 4, L // 4, 4))
+    return tl.reshape(tl.permute(a, (1, 0, 2, 4, 3, 5)), (SLICES, 8, BLOCKS * 4 * L))
+
+
+@triton.jit
+def _operand(a, SLICES: tl.constexpr, BLOCKS: tl.constexpr, L: tl.constexpr):
+    return tl.permute(_in_order(a, SLICES, BLOCKS, L), (0, 2, 1))
+
+
+@triton.jit
+def _both(a, b, SLICES: tl.constexpr, BLOCKS: tl.constexpr, L: tl.constexpr):
+    """Rows 0 to 7 and 8 to 15: (SLICES, 16, BLOCKS · 4 L)."""
+    both = tl.join(_in_order(a, SLICES, BLOCKS, L), _in_order(b, SLICES, BLOCKS, L))
+    return tl.reshape(tl.permute(both, (0, 3, 1, 2)), (SLICES, 16, BLOCKS * 4 * L))
 
 
 # --- attention over the cache ----------------------------------------------------------------------------------------

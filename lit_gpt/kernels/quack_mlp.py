@@ -6,6 +6,8 @@ by another and read again: 4 I elements a token and layer that need not move. Im
 N tokens, C width, I width of the MLP.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from quack.gemm_config import GemmConfig
@@ -20,6 +22,49 @@ GATED = GemmConfig(tile_m=128, tile_n=192, pingpong=True, cluster_m=2, is_dynami
 DGATED = GemmConfig(tile_m=128, tile_n=160, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
 PLAIN = GemmConfig(tile_m=128, tile_n=256, pingpong=False, cluster_m=2, is_dynamic_persistent=False)
 WEIGHT_GRAD = GemmConfig(tile_m=256, tile_n=192, pingpong=False, cluster_m=2, is_dynamic_persistent=False)
+
+
+# --- the GEMMs -------------------------------------------------------------------------------------------------------
+
+
+def gated(x: torch.Tensor, w: torch.Tensor, gate_up: torch.Tensor, h: torch.Tensor) -> None:
+    """gate_up (N, 2 I) and h (N, I) of x (N, C) and w (2 I, C)."""
+    gemm_gated_tuned.fn(x, w.T, gate_up, h, config=GATED, concat_layout=("B",))
+
+
+def gated_backward(
+    dy: torch.Tensor, w_down: torch.Tensor, gate_up: torch.Tensor, d_gate_up: torch.Tensor, h: torch.Tensor
+) -> None:
+    """d_gate_up (N, 2 I), and h (N, I) again, of dy (N, C), w_down (C, I) and gate_up."""
+    gemm_dgated_tuned.fn(dy, w_down, gate_up, d_gate_up, h, config=DGATED, dynamic_scheduler=True)
+
+
+def input_grad(d_gate_up: torch.Tensor, w: torch.Tensor, dx: torch.Tensor) -> None:
+    gemm_tuned.fn(d_gate_up, w, dx, config=PLAIN, concat_layout=("B",))
+
+
+def add_weight_grad(d_gate_up: torch.Tensor, x: torch.Tensor, total: torch.Tensor) -> None:
+    """Adds to total (2 I, C)."""
+    gemm_tuned.fn(d_gate_up.T, x, total, add_to_output=True, config=WEIGHT_GRAD, concat_layout=("out",))
+
+
+def calls(device: torch.device) -> list[Callable[[], None]]:
+    """One call of each as a step makes it, but of few tokens: to see whether they work here, and to compile them."""
+    N, C, width = 256, 128, 256
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    x, gate_up, h = empty(N, C), empty(N, 2 * width), empty(N, width)
+    return [
+        lambda: gated(x, empty(2 * width, C), gate_up, h),
+        lambda: gated_backward(x, empty(C, width), gate_up, empty(N, 2 * width), h),
+        lambda: input_grad(gate_up, empty(2 * width, C), empty(N, C)),
+        lambda: add_weight_grad(gate_up, x, empty(2 * width, C, dtype=torch.float32)),
+    ]
+
+
+# --- the MLP ---------------------------------------------------------------------------------------------------------
 
 
 def swiglu_mlp(x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor) -> torch.Tensor:
@@ -37,7 +82,7 @@ class _SwigluMLP(torch.autograd.Function):
         rows, w = x.flatten(0, -2), _stacked(w_gate, w_up)
         gate_up = rows.new_empty(rows.size(0), w.size(0))
         h = rows.new_empty(rows.size(0), w_gate.size(0))
-        gemm_gated_tuned.fn(rows, w.T, gate_up, h, config=GATED, concat_layout=("B",))
+        gated(rows, w, gate_up, h)
         ctx.save_for_backward(x, gate_up)
         ctx.weights = w_gate, w_up, w_down
         return F.linear(h, compute(w_down)).view(x.shape)
@@ -49,10 +94,10 @@ class _SwigluMLP(torch.autograd.Function):
         w_gate, w_up, w_down = ctx.weights
         dy, rows = dy.flatten(0, -2).contiguous(), x.flatten(0, -2)
         d_gate_up, h = torch.empty_like(gate_up), rows.new_empty(rows.size(0), w_gate.size(0))
-        gemm_dgated_tuned.fn(dy, compute(w_down), gate_up, d_gate_up, h, config=DGATED, dynamic_scheduler=True)
+        gated_backward(dy, compute(w_down), gate_up, d_gate_up, h)
         (d_down,) = weight_grads(dy, h, w_down)
         dx = torch.empty_like(rows)
-        gemm_tuned.fn(d_gate_up, _stacked(w_gate, w_up), dx, config=PLAIN, concat_layout=("B",))
+        input_grad(d_gate_up, _stacked(w_gate, w_up), dx)
         return dx.view(x.shape), *_gate_up_grads(d_gate_up, rows, w_gate, w_up), d_down
 
 
@@ -66,7 +111,7 @@ def _gate_up_grads(d_gate_up, x, w_gate, w_up):
     if fresh:
         dtype = torch.float32 if in_place else x.dtype
         total = torch.zeros(2 * w_gate.size(0), x.size(1), dtype=dtype, device=x.device)
-    gemm_tuned.fn(d_gate_up.T, x, total, add_to_output=True, config=WEIGHT_GRAD, concat_layout=("out",))
+    add_weight_grad(d_gate_up, x, total)
     parts = total.split(w_gate.size(0))
     if not in_place:
         return parts
