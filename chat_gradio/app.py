@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lit_gpt.chat import ChatModel, Sampling
 from lit_gpt.chat_template import Message
 from lit_gpt.cli import one_line_errors, parse
-from lit_gpt.retrieval import Documents
+from lit_gpt.retrieval import Documents, Embedder
 
 if TYPE_CHECKING:
     import gradio
@@ -125,6 +125,7 @@ def launch(page: "gradio.Blocks", host: str, port: int, wait: bool = True) -> st
 def main(
     model: str,
     docs: Path | None = None,
+    embedding_model: str | None = None,
     system: str = "",
     host: str = "127.0.0.1",
     port: int = 7860,
@@ -137,6 +138,8 @@ def main(
     Args:
         model: A run of finetune.py, a Hugging Face folder, adapters, one of our checkpoints, or a hub id.
         docs: Folder of .md, .txt, .rst and .py files; passages that match a question go with it, and are named.
+        embedding_model: Find passages by their meaning with this model, a Hugging Face folder or a hub id, for example
+            sentence-transformers/all-MiniLM-L6-v2; default: by their words.
         system: What the model is told first; can be changed on the page.
         host: Address to listen at. 0.0.0.0 lets the whole network in, without a password.
         port: Of the address.
@@ -144,7 +147,7 @@ def main(
         tokenizer_path: Folder or file; default: the one that is kept with the model.
         device: cpu, cuda or mps; auto takes a GPU if there is one.
     """
-    documents = Documents(docs) if docs else None
+    documents = Documents(docs, Embedder(embedding_model) if embedding_model else None) if docs else None
     chat = ChatModel.open(model, template=template, tokenizer_path=tokenizer_path, device=device)
     page = build(chat, documents, system)
     print(f"{chat.name} at http://{host}:{port}", flush=True)

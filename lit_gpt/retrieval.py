@@ -1,16 +1,20 @@
-"""Passages of your own documents for a question, by BM25 (Robertson and Zaragoza 2009).
+"""Passages of your own documents for a question: by their words, or by what an embedding model makes of them.
 
-docs = Documents(Path("notes"))
+docs = Documents(Path("notes"))                     # BM25 (Robertson and Zaragoza 2009)
+docs = Documents(Path("notes"), Embedder("sentence-transformers/all-MiniLM-L6-v2"))
 passages = docs.search("How do I renew it?", n=3)
 messages = with_passages(messages, passages)        # the last question, preceded by what was found
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from lit_gpt.chat_template import Message
+from lit_gpt.hub import local_folder
 
 SUFFIXES = (".md", ".txt", ".rst", ".py")
 MAX_FILE_BYTES = 10_000_000
@@ -32,16 +36,17 @@ class Passage:
 class Documents:
     """The text files of a folder, in passages of about `words` words that end at the end of a paragraph if they can.
 
+    Args:
+        embed: texts -> unit vectors, (N, C); passages are then those nearest to the question. None: by BM25.
+
     Raises:
         FileNotFoundError: no folder there, or no text files in it.
-        ImportError: bm25s is not installed.
+        ImportError: bm25s is wanted and not installed.
     """
 
-    def __init__(self, folder: Path, words: int = 120) -> None:
-        try:
-            import bm25s
-        except ImportError as e:
-            raise ImportError("searching documents needs bm25s: pip install bm25s") from e
+    def __init__(
+        self, folder: Path, embed: Callable[[Sequence[str]], torch.Tensor] | None = None, words: int = 120
+    ) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"--docs {folder}: no such folder")
         self.passages: list[Passage] = []
@@ -53,12 +58,23 @@ class Documents:
                     self.passages += passages(text, str(file.relative_to(folder)), words)
         if not self.passages:
             raise FileNotFoundError(f"--docs {folder}: no {', '.join(SUFFIXES)} files with text in it")
+        self._embed = embed
+        if embed is not None:
+            self._vectors = embed([p.text for p in self.passages])  # (N, C)
+            return
+        try:
+            import bm25s
+        except ImportError as e:
+            raise ImportError("searching documents by words needs bm25s: pip install bm25s") from e
         self._index = bm25s.BM25()
         self._index.index([terms(f"{p.file} {p.text}") for p in self.passages], show_progress=False)
 
     def search(self, question: str, n: int = 3) -> list[Passage]:
-        """The n passages that match best, the best first; fewer where fewer share a word with the question that is
-        more than grammar."""
+        """The n passages that match best, the best first; by words fewer where fewer share one with the question that
+        is more than grammar."""
+        if self._embed is not None:
+            cosines = self._vectors @ self._embed([question])[0]  # (N,)
+            return [self.passages[i] for i in cosines.topk(min(n, len(self.passages))).indices.tolist()]
         from bm25s.stopwords import STOPWORDS_EN
 
         grammar = {*STOPWORDS_EN, *"what who whom whose which when where why how do doe did can could i you".split()}
@@ -67,6 +83,47 @@ class Documents:
             return []
         found, scores = self._index.retrieve([known], k=min(n, len(self.passages)), show_progress=False)
         return [self.passages[i] for i, score in zip(found[0], scores[0], strict=True) if score > 0]
+
+
+class Embedder:
+    """Texts as unit vectors: the mean of a model's last hidden states (Reimers and Gurevych 2019, arXiv:1908.10084).
+
+    Args:
+        name: a Hugging Face folder or the id of a model on the hub, whose weights are safetensors.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ImportError: transformers is not installed.
+    """
+
+    def __init__(self, name: str) -> None:
+        try:
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError as e:
+            raise ImportError("an embedding model needs transformers: pip install transformers") from e
+        folder = local_folder(name)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"--embedding_model {name}: no model there, {folder / 'config.json'} is missing")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """(N, C) on the CPU; of a text that is longer than the model's context, the beginning."""
+        from tqdm import tqdm
+
+        longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        vectors = []
+        for i in tqdm(range(0, len(texts), 32), "embedding passages", unit=" batches", disable=len(texts) <= 32):
+            batch = self.tokenizer(
+                list(texts[i : i + 32]), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            ).to(self.model.device)
+            hidden = self.model(**batch).last_hidden_state  # (B, T, C)
+            mask = batch["attention_mask"][..., None]
+            mean = (hidden * mask).sum(1) / mask.sum(1)
+            vectors.append(torch.nn.functional.normalize(mean.float(), dim=-1).cpu())
+        return torch.cat(vectors)
 
 
 def terms(text: str) -> list[str]:

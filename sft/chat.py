@@ -16,7 +16,7 @@ import torch
 from lit_gpt.chat import ChatModel, Sampling
 from lit_gpt.chat_template import Message
 from lit_gpt.cli import one_line_errors, parse
-from lit_gpt.retrieval import Documents
+from lit_gpt.retrieval import Documents, Embedder
 
 HELP = "/reset  /system TEXT  /undo  /help  /quit; a backslash at the end of a line: more follows; Ctrl-C: enough"
 
@@ -25,6 +25,7 @@ def main(
     model: str,
     system: str = "",
     docs: Path | None = None,
+    embedding_model: str | None = None,
     temperature: float = 0.7,
     top_p: float = 0.95,
     max_new_tokens: int = 512,
@@ -40,6 +41,8 @@ def main(
         model: A run of finetune.py, a Hugging Face folder, adapters, one of our checkpoints, or a hub id.
         system: What the model is told first.
         docs: Folder of .md, .txt, .rst and .py files; passages of them that match a question go with it.
+        embedding_model: Find passages by their meaning with this model, a Hugging Face folder or a hub id, for example
+            sentence-transformers/all-MiniLM-L6-v2; default: by their words.
         temperature: 0 always takes the most likely token; higher is more varied.
         top_p: Choose among the fewest tokens that have this probability together.
         max_new_tokens: Longest reply.
@@ -49,7 +52,7 @@ def main(
         device: cpu, cuda or mps; auto takes a GPU if there is one.
         dtype: Of weights and arithmetic; default: bfloat16 on a GPU, float32 on a CPU.
     """
-    documents = Documents(docs) if docs else None
+    documents = Documents(docs, Embedder(embedding_model) if embedding_model else None) if docs else None
     sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     dtype = getattr(torch, dtype) if dtype else None
     chat = ChatModel.open(model, template=template, tokenizer_path=tokenizer_path, device=device, dtype=dtype)
