@@ -15,7 +15,7 @@ setup(
     # Ranges that should work; requirements.txt pins what was tested.
     install_requires=[
         "torch>=2.11",
-        "lightning>=2.5",
+        "lightning-fabric>=2.5",
         "numpy>=1.26",
         "jsonargparse[signatures]>=4.40",
         "sentencepiece>=0.2",

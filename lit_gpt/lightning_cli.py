@@ -13,5 +13,5 @@ def main() -> None:
         sys.exit("usage: lightning run model [--devices N] [--num-nodes N] ... SCRIPT [ARGS]; see `fabric run --help`")
     fabric = shutil.which("fabric", path=os.path.dirname(sys.executable)) or shutil.which("fabric")
     if fabric is None:
-        sys.exit("error: the command `fabric` is not installed; pip install lightning")
+        sys.exit("error: the command `fabric` is not installed; pip install lightning-fabric")
     os.execv(fabric, [fabric, "run", *sys.argv[3:]])

@@ -137,7 +137,7 @@ def time_case(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads = (config.n_head, config.n_query_groups, config.head_size)
     with device:
-        model = GPT(config, select_kernels(kernels, device=device, dtype=dtype, heads=heads))
+        model = GPT(config, select_kernels(kernels, device=device, dtype=dtype, heads=heads, fp8=precision == "fp8"))
     model.init_weights(1)
     if precision == "fp8":
         model.train_in_fp8()

@@ -193,7 +193,7 @@ def describe(found: Pretrained, tokenizer: Tokenizer, delimiters: str) -> dict:
 
 def launch(device: str, devices: int) -> str:
     """Start the other processes, or find out which one this is; returns this one's device."""
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     accelerator = "cuda" if device == "cuda" else "cpu"
     fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp")
