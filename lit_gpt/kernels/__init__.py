@@ -15,7 +15,6 @@ from types import ModuleType
 import torch
 
 from lit_gpt.kernels import attention as _attention
-from lit_gpt.kernels import precompile
 from lit_gpt.kernels.attention import attention, cached_attention
 from lit_gpt.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from lit_gpt.kernels.linear import ComputeWeights, embedding, linear
@@ -93,6 +92,8 @@ def select_kernels(
     if name == "torch":
         attention_name = "torch"
 
+    from lit_gpt.kernels.precompile import precompile  # here, since it is also run as a program
+
     # By measurement on an H100.
     rest_order = ("triton", "torch") if fp8 else ("quack", "triton", "torch")
     order = ("fa4", "cudnn", "fa2", "flash", "torch")
@@ -100,7 +101,7 @@ def select_kernels(
         order[0] if attention_name == "auto" else attention_name,
         rest_order[0] if rest_name == "auto" else rest_name,
     ]
-    precompile.precompile(first, heads, device, dtype)
+    precompile(first, heads, device, dtype)
     rest, why_rest = _choose(rest_name, rest_order, lambda n: _usable(n, device, dtype))
     attend, why_attend = _choose(attention_name, order, lambda n: _attention.usable(n, device, dtype, heads))
     functions = {"attention": _attention.load(attend)}

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from lit_gpt.kernels import attention
+from lit_gpt.kernels.attention import load
 
 HOPPER = {"QUACK_ARCH": "sm_90a", "FLASH_ATTENTION_ARCH": "sm_90a", "CUTE_DSL_ARCH": "sm_90a"}
 PACKAGES = {"fa4": "flash-attn-4", "quack": "quack-kernels"}
@@ -56,7 +56,7 @@ def precompile(
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         process = subprocess.Popen([*command, *map(str, heads)], **quiet)
         with suppress(Exception):  # meanwhile; whatever a foreign package raises, it will again where it is used
-            attention.load("fa4")
+            load("fa4")
             import lit_gpt.kernels.quack_mlp  # noqa: F401
         if process.wait() == 0:
             done.touch()
@@ -89,7 +89,7 @@ def attention_calls(heads: tuple[int, int, int], device: torch.device) -> list[C
 
 def main(backends: list[str], heads: tuple[int, int, int]) -> None:
     os.environ |= HOPPER | {"CUDA_VISIBLE_DEVICES": ""}
-    attention.load("fa4")
+    load("fa4")
     from quack.cache import compile_only_mode
 
     from lit_gpt.kernels.quack_mlp import calls as mlp_calls
