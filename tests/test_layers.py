@@ -55,6 +55,15 @@ def test_runnable_folders_import_the_library_alone(folder):
 
 
 def test_importing_the_library_needs_torch_alone():
-    heavy = {"lightning", "transformers", "sentencepiece", "tokenizers", "pyarrow", "matplotlib", "triton", "wandb"}
+    heavy = {
+        "lightning_fabric",
+        "transformers",
+        "sentencepiece",
+        "tokenizers",
+        "pyarrow",
+        "matplotlib",
+        "triton",
+        "wandb",
+    }
     code = f"import sys, lit_gpt, lit_gpt.model; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
