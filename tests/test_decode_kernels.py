@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from lit_gpt import Config
+from lit_gpt.generate import probabilities
 from lit_gpt.kernels import rmsnorm
 from lit_gpt.kernels.attention import cached_attention
 from lit_gpt.kernels.rope import rope_tables
 from lit_gpt.model import KVCache
+from lit_gpt.speculative import accept
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Largest error allowed, relative to the largest element of the fp32 reference.
@@ -93,6 +95,40 @@ def test_cached_attention(decode, B, T, H, G, D, rotary, S, lengths, dtype):
     assert_close(caches[0].k, caches[1].k, dtype)
     assert_close(caches[0].v, caches[1].v, dtype)
     assert not caches[0].arrivals.any()
+
+
+def test_draw_equals_the_first_of_the_largest(decode):
+    logits = randn(3, 130)[:, :100]  # rows that are not next to each other
+    logits[0, 40] = logits[0, 70] = 9
+    noise = torch.empty(3, 100, device=DEVICE).exponential_(generator=torch.Generator(DEVICE).manual_seed(0))
+    assert decode.draw(logits, 0.0)[0].tolist() == [40, *logits[1:].argmax(1).tolist()]
+    ids, log_sum = decode.draw(logits, 0.7, noise)
+    assert torch.equal(ids, ((logits / 0.7).softmax(1) / noise).argmax(1))
+    assert (log_sum - (logits / 0.7).logsumexp(1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("sure", [True, False], ids=["n-grams", "draft"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_accept_equals_its_reference(decode, temperature, sure):
+    B, k, V = 24, 3, 50
+    p, q = 2 * randn(B, k + 1, V), 2 * randn(B, k, V)
+    q += p[:, :k]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    noise = torch.empty(B, V, device=DEVICE).exponential_(generator=generator)
+    uniform = torch.rand(B, k, generator=generator, device=DEVICE)
+    guesses = torch.randint(V, (B, k), generator=generator, device=DEVICE)
+    likeliest = B if temperature == 0 and not sure else 16  # what no draft would guess has no meaning for it
+    guesses[:likeliest] = q[:likeliest].argmax(2)
+    guesses[:4] = p[:4, :k].argmax(2)
+    largest, p_log_sum = (t.view(B, k + 1) for t in decode.draw(p.flatten(0, 1), temperature))
+    _, q_log_sum = decode.draw(q.flatten(0, 1), temperature)
+    q_given = (None, None) if sure else (q, q_log_sum.view(B, k))
+    got = decode.accept(p, p_log_sum, largest, *q_given, guesses, temperature, uniform, noise)
+    one_hot = torch.zeros_like(q).scatter_(2, guesses[..., None], 1.0)
+    q_distribution = one_hot if sure else probabilities(q, temperature)
+    want = accept(probabilities(p, temperature), q_distribution, guesses, uniform, noise)
+    assert [t.tolist() for t in got] == [t.tolist() for t in want]
+    assert len(set(want[0].tolist())) > 2  # all kept, none, and between
 
 
 COMPILE = """

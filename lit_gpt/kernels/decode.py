@@ -68,7 +68,8 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
     assert M <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous() and y.is_contiguous()
     int8 = scale is not None
     pdl = has_pdl(x.device)
-    if M == 1:
+    single = _single(M, int8)
+    if single:
         kernel, tile = _linear_one_row, _tile_one_row(N, gated, int8)
         outputs = tile["BLOCK_N"]
         tile["BLOCK_K"] = min(tile["BLOCK_K"], triton.next_power_of_2(K))
@@ -93,9 +94,14 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
         INT8=int8,
         PDL=pdl,
         **tile,
-        **({"TALL": M > 8} if M > 1 else {}),
+        **({} if single else {"TALL": M > 8}),
         **({"launch_pdl": True} if pdl else {}),
     )
+
+
+def _single(M: int, int8: bool) -> bool:
+    """Whether the kernel of one row is the faster."""
+    return M == 1
 
 
 def _tile_one_row(N: int, gated: bool, int8: bool) -> dict[str, int]:
@@ -200,7 +206,8 @@ def _linear_few_rows(
     if PAIR:
         u = _load(second, k, 0, K, STEP)
     if NORM:
-        g = _load(norm + k, k, 0, K, STEP)
+        norms = tl.broadcast_to(norm + k, (8, SLICES, BLOCKS, 4 * L))
+        g = _load(norms, k, 0, K, STEP)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -219,14 +226,15 @@ def _linear_few_rows(
                 u = _load(second + start, k, start, K, STEP)
         if NORM:
             if start > 0:
-                g = _load(norm + start + k, k, start, K, STEP)
+                g = _load(norms + start, k, start, K, STEP)
             # Of x xᵀ the diagonal: the matrix units are idle anyway.
             xs = _both(a, b, SLICES, BLOCKS, L)
             squares = tl.dot(xs, _operand(a, SLICES, BLOCKS, L), squares, input_precision="ieee")
             if TALL:
                 upper_squares = tl.dot(xs, _operand(b, SLICES, BLOCKS, L), upper_squares, input_precision="ieee")
             a *= g.to(a.dtype)
-            b *= g.to(a.dtype)
+            if TALL:
+                b *= g.to(a.dtype)
         xs = _both(a, b, SLICES, BLOCKS, L)
         total = tl.dot(xs, _operand(w, SLICES, BLOCKS, L).to(a.dtype), total, input_precision="ieee")
         if PAIR:
@@ -447,3 +455,156 @@ def _attend(
                 largest = new
             tl.store(out + heads, (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty), inside[:, None])
             tl.store(arrivals + tile, 0)  # for the next launch
+
+
+# --- choosing tokens -------------------------------------------------------------------------------------------------
+
+
+def draw(
+    logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An id for each row, in one launch.
+
+    Args:
+        logits: (R, V), each row contiguous.
+        temperature: 0 takes the largest; more draws from softmax(logits / temperature).
+        noise: (R, V) exponentially distributed, to draw with: of V clocks of rates p the first to ring is i with
+            probability p_i. None: the largest is taken at any temperature.
+
+    Returns:
+        (R,) int64 ids; (R,) fp32 log of the sum of exp(logits / temperature), undefined for temperature 0.
+    """
+    R, V = logits.shape
+    assert logits.stride(1) == 1 and (noise is None or noise.is_contiguous())
+    ids = torch.empty(R, dtype=torch.int64, device=logits.device)
+    log_sum = torch.empty(R, dtype=torch.float32, device=logits.device)
+    pdl = has_pdl(logits.device)
+    _draw[(R,)](
+        logits, logits if noise is None else noise, ids, log_sum, logits.stride(0), 1 / (temperature or 1),
+        V=V, SUM=temperature != 0, NOISE=temperature != 0 and noise is not None, PDL=pdl,
+        BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=32, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return ids, log_sum
+
+
+def accept(
+    p: torch.Tensor,
+    p_log_sum: torch.Tensor,
+    p_largest: torch.Tensor,
+    q: torch.Tensor | None,
+    q_log_sum: torch.Tensor | None,
+    guesses: torch.Tensor,
+    temperature: float,
+    uniform: torch.Tensor,
+    noise: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As speculative.accept, from logits, in one launch.
+
+    Args:
+        p: (B, k + 1, V) logits of the target, and with them as `draw` gives them p_log_sum, and for temperature 0
+            p_largest, (B, k + 1).
+        q: (B, k, V) logits of the draft, with q_log_sum; None: it was sure of its guesses.
+        guesses, uniform, noise: (B, k), (B, k) and (B, V) as there.
+    """
+    B, k = guesses.shape
+    V = p.size(2)
+    assert p.stride(2) == 1 and (q is None or (q.stride(2) == 1 and q.size(2) == V))
+    kept, token = (torch.empty(B, dtype=torch.int64, device=p.device) for _ in range(2))
+    pdl = has_pdl(p.device)
+    _accept[(B,)](
+        p, p_log_sum, p_largest, p if q is None else q, p_log_sum if q is None else q_log_sum, guesses, uniform, noise,
+        kept, token, k, p.stride(0), p.stride(1), 0 if q is None else q.stride(0), 0 if q is None else q.stride(1),
+        1 / (temperature or 1), V=V, GREEDY=temperature == 0, SURE=q is None, GUESSES=16, PDL=pdl,
+        BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=32, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return kept, token
+
+
+@triton.jit
+def _draw(
+    logits, noise, ids, log_sum, stride, inverse_temperature,
+    V: tl.constexpr, SUM: tl.constexpr, NOISE: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """argmax of p / noise as that of log p - log noise; so p needs no normalising first."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    best = tl.full((BLOCK,), -float("inf"), tl.float32)
+    where = i
+    largest = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.static_range(0, V, BLOCK):  # unrolled, so that many loads are on their way at once
+        inside = start + i < V
+        score = tl.load(logits + row * stride + start + i, inside, other=-float("inf")).to(tl.float32)
+        if SUM:
+            score *= inverse_temperature
+            new = tl.maximum(largest, score)
+            total = total * tl.exp(largest - new) + tl.exp(score - new)
+            largest = new
+        if NOISE:
+            score -= tl.log(tl.load(noise + row * V + start + i, inside, other=1.0))
+        where = tl.where(score > best, start + i, where)
+        best = tl.maximum(best, score)
+    tl.store(ids + row, _first_largest(best, where, V).to(tl.int64))
+    if SUM:
+        m = tl.max(largest, 0)
+        tl.store(log_sum + row, m + tl.log(tl.sum(total * tl.exp(largest - m), 0)))
+
+
+@triton.jit
+def _first_largest(values, where, V):
+    return tl.min(tl.where(values == tl.max(values, 0), where, V), 0)
+
+
+@triton.jit
+def _accept(
+    p, p_log_sum, p_largest, q, q_log_sum, guesses, uniform, noise, kept_out, token_out,
+    k, p_batch, p_row, q_batch, q_row, inverse_temperature,
+    V: tl.constexpr, GREEDY: tl.constexpr, SURE: tl.constexpr, GUESSES: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, GUESSES)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    guess = tl.load(guesses + b * k + j, j < k, other=0)
+    if GREEDY:
+        fits = guess == tl.load(p_largest + b * (k + 1) + j, j < k, other=0)
+    else:
+        at = tl.load(p + b * p_batch + j * p_row + guess, j < k, other=0.0).to(tl.float32)
+        p_guess = tl.exp(at * inverse_temperature - tl.load(p_log_sum + b * (k + 1) + j, j < k, other=0.0))
+        q_guess = tl.full((GUESSES,), 1.0, tl.float32)
+        if not SURE:
+            at = tl.load(q + b * q_batch + j * q_row + guess, j < k, other=0.0).to(tl.float32)
+            q_guess = tl.exp(at * inverse_temperature - tl.load(q_log_sum + b * k + j, j < k, other=0.0))
+        fits = tl.load(uniform + b * k + j, j < k, other=0.0) * q_guess < p_guess
+    kept = tl.min(tl.where(fits, k, tl.minimum(j, k)), 0)
+    tl.store(kept_out + b, kept.to(tl.int64))
+    if GREEDY:
+        tl.store(token_out + b, tl.load(p_largest + b * (k + 1) + kept))
+    else:
+        i = tl.arange(0, BLOCK)
+        best = tl.full((BLOCK,), -1.0, tl.float32)
+        where = i
+        log_sum = tl.load(p_log_sum + b * (k + 1) + kept)
+        wrong = kept < k
+        if SURE:
+            taken = tl.load(guesses + b * k + kept, wrong, other=-1)
+        else:
+            q_log = tl.load(q_log_sum + b * k + kept, wrong, other=0.0)
+        for start in tl.static_range(0, V, BLOCK):
+            inside = start + i < V
+            mine = tl.load(p + b * p_batch + kept * p_row + start + i, inside, other=-float("inf")).to(tl.float32)
+            rest = tl.exp(mine * inverse_temperature - log_sum)
+            if SURE:
+                rest = tl.where(start + i == taken, 0.0, rest)
+            else:
+                inside_q = inside & wrong
+                his = tl.load(q + b * q_batch + kept * q_row + start + i, inside_q, other=-float("inf")).to(tl.float32)
+                rest = tl.maximum(rest - tl.exp(his * inverse_temperature - q_log), 0.0)
+            score = rest / tl.load(noise + b * V + start + i, inside, other=1.0)
+            where = tl.where(score > best, start + i, where)
+            best = tl.maximum(best, score)
+        tl.store(token_out + b, _first_largest(best, where, V).to(tl.int64))
