@@ -270,7 +270,7 @@ class LitLM(TemplateLM):
         new = [text for text in dict.fromkeys(texts) if text not in self.ids]
         for start in range(0, len(new), 4096):
             part = new[start : start + 4096]
-            ids, lengths = self.encoder(part)
+            ids, lengths, _ = self.encoder(part, bos=False, eos=False)
             rows = np.split(ids, np.cumsum(lengths)[:-1])
             self.ids.update(zip(part, (row.tolist() for row in rows), strict=True))
 

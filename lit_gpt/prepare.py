@@ -78,10 +78,9 @@ class UnitEncoder:
 
     def __init__(self, paths: list[Path], fields: Fields, encoder: BatchEncoder, delimiters: str) -> None:
         self.paths, self.fields, self.encoder = paths, fields, encoder
-        tokenizer = encoder.tokenizer
-        bos, eos = DELIMITERS[delimiters]
-        self.head, self.tail = tokenizer.delimiters(bos=bos, eos=eos)
-        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.bos, self.eos = DELIMITERS[delimiters]
+        encoder.tokenizer.delimiters(bos=self.bos, eos=self.eos)  # one that does not exist is refused before any work
+        self.dtype = token_dtype(encoder.tokenizer.vocab_size)
         self._source_index, self._source = -1, None
         self._until_check = self._checked = 0
 
@@ -90,19 +89,16 @@ class UnitEncoder:
         units = [self._read(*unit) for unit in task]
         texts = [text for unit in units for text in unit.texts]
         self._check(texts)
-        ids, lengths = self.encoder(texts)
-        # Cheap after encoding only, which leaves the UTF-8 form with each string.
-        sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], dtype=np.int64)
+        ids, lengths, sizes = self.encoder(texts, bos=self.bos, eos=self.eos)
+        tokens = ids.view(self.dtype) if ids.itemsize == self.dtype.itemsize else ids.astype(self.dtype)
         results, text, token = [], 0, 0
         for unit in units:
             texts_end = text + len(unit.texts)
-            unit_lengths = lengths[text:texts_end]
+            unit_lengths, unit_sizes = lengths[text:texts_end], sizes[text:texts_end]
             tokens_end = token + int(unit_lengths.sum())
-            tokens, unit_lengths = self._delimit(ids[token:tokens_end], unit_lengths)
-            unit_sizes = sizes[text:texts_end]
             results.append(
                 EncodedUnit(
-                    tokens=tokens,
+                    tokens=tokens[token:tokens_end],
                     lengths=unit_lengths,
                     text_bytes=int(unit_sizes.sum()),
                     subsets=_by_subset(unit.subsets, unit_lengths, unit_sizes),
@@ -136,21 +132,6 @@ class UnitEncoder:
                 f"gigatoken's ids differ from the reference tokenizer's on the document that begins {text[:60]!r}; "
                 "start again with --engine reference --overwrite true, which is slow and right"
             )
-
-    def _delimit(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Put the delimiters around each document."""
-        if not self.head and not self.tail:
-            return ids.astype(self.dtype), lengths
-        lengths = lengths + len(self.head) + len(self.tail)
-        ends = np.cumsum(lengths)
-        tokens = np.empty(ends[-1] if len(ends) else 0, self.dtype)
-        is_text = np.ones(len(tokens), bool)
-        for places, delimiter in ((ends - lengths, self.head), (ends - 1, self.tail)):
-            if delimiter:
-                tokens[places] = delimiter[0]
-                is_text[places] = False
-        tokens[is_text] = ids
-        return tokens, lengths
 
 
 def _peak_memory() -> int:

@@ -11,7 +11,9 @@ trusted and while it works.
 
 import binascii
 import hashlib
+import importlib.metadata
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,13 +126,11 @@ def _find_file(path: Path) -> Path:
 
 # --- three file formats ----------------------------------------------------------------------------------------------
 # Each has vocab_size, bos_id, eos_id, `special` (id of each text that other libraries take for a special token),
-# encode (no delimiters), decode, `fast()`, the same tokenizer in gigatoken, and `fast_takes_special`: whether that
-# makes special tokens of such texts.
+# encode (no delimiters), decode, and `as_json()`: the same tokenizer as the contents of a tokenizer.json, which is what
+# gigatoken reads.
 
 
 class _SentencePieceModel:
-    fast_takes_special = True
-
     def __init__(self, path: Path, content: bytes) -> None:
         import sentencepiece
 
@@ -152,15 +152,13 @@ class _SentencePieceModel:
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
 
-    def fast(self):
+    def as_json(self) -> dict:
         import gigatoken
 
-        return gigatoken.Tokenizer.from_sentencepiece(self.content)
+        return gigatoken.Tokenizer.from_sentencepiece(self.content)._hf_config()
 
 
 class _TokenizersModel:
-    fast_takes_special = True
-
     def __init__(self, path: Path, content: bytes) -> None:
         import tokenizers
 
@@ -192,16 +190,12 @@ class _TokenizersModel:
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids, skip_special_tokens=True)
 
-    def fast(self):
-        import gigatoken
-
-        return gigatoken.Tokenizer.from_json(self.content)
+    def as_json(self) -> dict:
+        return json.loads(self.content)
 
 
 class _TiktokenModel:
     """Llama 3: 128,000 ranks as lines of `base64 rank`, then the special tokens."""
-
-    fast_takes_special = False  # it is not told of them
 
     def __init__(self, path: Path, content: bytes) -> None:
         try:
@@ -210,8 +204,8 @@ class _TiktokenModel:
             raise ValueError(f"{path}: this is a tiktoken file; pip install tiktoken") from error
 
         try:
-            lines = (line.split() for line in content.splitlines() if line)
-            self.ranks = {binascii.a2b_base64(token): int(rank) for token, rank in lines}
+            words = content.split()
+            self.ranks = dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2]), strict=True))
         except ValueError as error:
             raise ValueError(f"{path}: not a tokenizer: a line is not `base64 rank`") from error
         if list(self.ranks.values()) != list(range(len(self.ranks))):
@@ -230,15 +224,12 @@ class _TiktokenModel:
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode([i for i in ids if i < self.bos_id])
 
-    def fast(self):
-        """gigatoken wants merges instead of ranks: a pair may merge when its concatenation has a rank, lowest first."""
-        import gigatoken
-        import msgspec
-
+    def as_json(self) -> dict:
+        """With merges instead of ranks: a pair may merge when its concatenation has a rank, lowest first."""
         letters = byte_letters()
         vocab = {token.decode("latin-1").translate(letters): rank for token, rank in self.ranks.items()}
         merges = [
-            f"{left} {right}"
+            (left, right)
             for token in vocab
             for cut in range(1, len(token))
             if (left := token[:cut]) in vocab and (right := token[cut:]) in vocab
@@ -251,7 +242,7 @@ class _TiktokenModel:
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, as_bytes]}
         content = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": pre_tokenizer}
         content |= {"post_processor": None, "decoder": as_bytes, "model": model, "truncation": None, "padding": None}
-        return gigatoken.Tokenizer.from_json(msgspec.json.encode(content))
+        return content
 
 
 def byte_letters() -> dict[int, str]:
@@ -263,9 +254,12 @@ def byte_letters() -> dict[int, str]:
 
 # --- many documents at once ------------------------------------------------------------------------------------------
 
+SEPARATOR = "<|between documents|>"
+"""A special token that only gigatoken is told of. It stands between the documents that are encoded together."""
+
 
 class BatchEncoder:
-    """`tokenizer.encode(text, bos=False, eos=False)` for many texts at once, with exactly the same ids.
+    """`tokenizer.encode` for many texts at once, with exactly the same ids.
 
     engine: "auto" takes gigatoken if it is installed, knows this tokenizer and agrees with it on `TORTURE`, and
     otherwise the reference, saying why in `why_slow`; "reference" is `tokenizer` itself; "gigatoken" raises ValueError
@@ -282,58 +276,124 @@ class BatchEncoder:
         if engine == "reference":
             return
         try:
-            self._fast = tokenizer.model.fast()
+            self._fast = _in_gigatoken(tokenizer)
             self.engine = "gigatoken"
-        except ImportError:
-            self.why_slow = "gigatoken is not installed: pip install gigatoken"
+        except ImportError as error:
+            self.why_slow = f"gigatoken is not installed: pip install gigatoken ({error})"
         except BaseException as error:  # a panic in its Rust code is no Exception
             if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
                 raise
             self.why_slow = f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
-        # These have to be found by ourselves: gigatoken turns them into special tokens.
-        special = tokenizer.model.special if tokenizer.model.fast_takes_special else ()
-        self._special = re.compile("|".join(map(re.escape, special))) if special else None
+        # gigatoken makes special tokens of these. A tiktoken file has none that it could be told of.
+        special = () if isinstance(tokenizer.model, _TiktokenModel) else tokenizer.special
+        self._special = re.compile("|".join(map(re.escape, special)).encode()) if special else None
         if self._fast is not None and (text := self.disagreement(TORTURE)) is not None:
             self.engine, self._fast = "reference", None
             self.why_slow = f"gigatoken's ids differ from the reference on {text[:40]!r}"
         if self.why_slow and engine == "gigatoken":
             raise ValueError(f"--engine gigatoken: {self.why_slow}")
 
-    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns: ids of all texts in one row, uint32 (N,); how many of them each text has, int64 (len(texts),)."""
-        if self._fast is None or not texts:
-            rows = [np.array(self.tokenizer.model.encode(text), dtype=np.uint32) for text in texts]
-            lengths = np.array([len(row) for row in rows], dtype=np.int64)
-            return np.concatenate([np.empty(0, np.uint32), *rows]), lengths
-        by_reference = [i for i, text in enumerate(texts) if self._special.search(text)] if self._special else []
-        if not by_reference:
-            return self._encode_fast(texts)
-        texts = list(texts)
-        apart = {i: np.array(self.tokenizer.model.encode(texts[i]), dtype=np.uint32) for i in by_reference}
-        for i in by_reference:
-            texts[i] = ""
-        ids, lengths = self._encode_fast(texts)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        pieces, done = [], 0
-        for i, row in apart.items():
-            pieces += [ids[done : offsets[i]], row]
-            done = offsets[i + 1]
-            lengths[i] = len(row)
-        return np.concatenate([*pieces, ids[done:]]), lengths
+    def __call__(self, texts: Sequence[str], *, bos: bool, eos: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Encode, with one BOS before and one EOS after each text as asked.
 
-    def _encode_fast(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        rows = self._fast.encode_batch(texts, parallel=False).layout
-        offsets = np.asarray(rows.offsets.data).astype(np.int64)
-        return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+        Returns: ids of all texts in one row, uint32 (N,); how many of them each text has, int64 (len(texts),); and its
+        length in UTF-8 bytes, int64 (len(texts),).
+        Raises: ValueError when a delimiter does not exist in this tokenizer.
+        """
+        self.tokenizer.delimiters(bos=bos, eos=eos)
+        utf8 = [text.encode() for text in texts]
+        sizes = np.fromiter(map(len, utf8), np.int64, len(utf8))
+        search = self._special.search if self._fast is not None and self._special else None
+        apart = [i for i, text in enumerate(utf8) if search(text)] if search else []
+        for i in apart:
+            utf8[i] = b""
+        encoded = self._encode_fast(utf8, bos, eos) if self._fast is not None and texts else None
+        if encoded is None:  # no gigatoken, or SEPARATOR itself is in a text
+            encoded, apart = (np.empty(0, np.uint32), np.zeros(len(texts), np.int64)), range(len(texts))
+        ids, lengths = encoded
+        if not apart:
+            return ids, lengths, sizes
+        starts = np.cumsum(lengths) - lengths
+        pieces, done = [], 0
+        for i in apart:
+            row = np.array(self.tokenizer.encode(texts[i], bos=bos, eos=eos), dtype=np.uint32)
+            pieces += [ids[done : starts[i]], row]
+            done = starts[i] + lengths[i]
+            lengths[i] = len(row)
+        return np.concatenate([*pieces, ids[done:]]), lengths, sizes
+
+    def _encode_fast(self, utf8: list[bytes], bos: bool, eos: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        """Encode all as one text with SEPARATORs in it, whose ids then become those of the delimiters.
+
+        One row of ids needs no awkward arrays, gigatoken's other form of result, which take 0.3 s to import.
+        Returns: None when there are more SEPARATORs than we have put in.
+        """
+        each = max(bos + eos, 1)
+        block = (SEPARATOR.encode() * each).join([b"", *utf8, b""])
+        ids = self._fast.encode_batch_padded([block], pad_id=0, parallel=False)[0][0]
+        places = np.flatnonzero(ids == self.tokenizer.vocab_size)
+        if len(places) != each * (len(utf8) + 1):
+            return None
+        starts, ends = places[each - 1 : -each : each], places[each::each]  # of each text, delimiters included
+        if bos:
+            ids[starts] = self.tokenizer.bos_id
+        if eos:
+            ids[ends] = self.tokenizer.eos_id
+        lengths = ends - starts - 1 + bos + eos
+        return (ids[eos : len(ids) - bos] if bos or eos else np.delete(ids, places)), lengths
 
     def disagreement(self, texts: Sequence[str]) -> str | None:
         """The first of `texts` whose ids differ from the reference's, or None."""
         if self._fast is None or not texts:
             return None
-        ids, lengths = self(texts)
+        ids, lengths, _ = self(texts, bos=False, eos=False)
         rows = np.split(ids, np.cumsum(lengths)[:-1])
         reference = (self.tokenizer.model.encode(text) for text in texts)
         return next((t for t, row, want in zip(texts, rows, reference, strict=True) if row.tolist() != want), None)
+
+
+def _in_gigatoken(tokenizer: Tokenizer):
+    """`tokenizer` and SEPARATOR, id `vocab_size`, as a gigatoken.Tokenizer, which reads a tokenizer.json.
+
+    To write a tokenizer.model as one takes about a second, so the result is kept in the user's cache, under a name that
+    says what it was made of. What cannot be read there, or is not as it was written, is made anew.
+    """
+    import gigatoken
+
+    made_of = f"{tokenizer.sha256} {importlib.metadata.version('gigatoken')}".encode() + Path(__file__).read_bytes()
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "lit_gpt")
+    path = cache / f"{tokenizer.name}-{hashlib.sha256(made_of).hexdigest()[:16]}.json"
+    try:
+        checksum, _, content = path.read_bytes().partition(b"\n")
+    except OSError:
+        checksum, content = b"", b""
+    if checksum != hashlib.sha256(content).hexdigest().encode():
+        content = _with_separator(tokenizer)
+        _keep(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    return gigatoken.Tokenizer.from_json(content)
+
+
+def _with_separator(tokenizer: Tokenizer) -> bytes:
+    import msgspec
+
+    as_json = tokenizer.model.as_json()
+    separator = {"id": tokenizer.vocab_size, "content": SEPARATOR, "special": True, "normalized": False}
+    separator |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    return msgspec.json.encode(as_json | {"added_tokens": [*(as_json.get("added_tokens") or []), separator]})
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a file whole or, where that is not allowed, not at all."""
+    import tempfile
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            new = Path(folder, path.name)
+            new.write_bytes(content)
+            new.replace(path)
+    except OSError:
+        pass
 
 
 TORTURE = [

@@ -55,7 +55,7 @@ def main(
     from lit_gpt.evaluation import load_tasks, texts_of
 
     texts = texts_of(load_tasks(tasks if isinstance(tasks, list) else tasks.split(","), tasks_dir))
-    ids, lengths = BatchEncoder(tokenizer)([text for _, _, text in texts])
+    ids, lengths, _ = BatchEncoder(tokenizer)([text for _, _, text in texts], bos=False, eos=False)
     grams = Grams(np.split(ids, np.cumsum(lengths)[:-1]), n)
 
     places, tokens = {}, 0

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt.tokenizer import TORTURE, BatchEncoder, Tokenizer
+from lit_gpt import tokenizer as tokenizer_module
+from lit_gpt.tokenizer import SEPARATOR, TORTURE, BatchEncoder, Tokenizer
 
 ROOT = Path(__file__).parent.parent
 TEXT = ["The quick brown fox jumps over the lazy dog. ", "def f(x):\n    return x + 12345\n", "naïve café, Привет"] * 40
@@ -27,6 +28,11 @@ def tiktoken_ranks() -> bytes:
     tokens = [bytes([b]) for b in range(256)]
     tokens += [b"th", b"he", b"in", b" t", b" th", b" the", b"  ", b"    ", b"\n\n", b"12", b"123", "é".encode()]
     return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session", params=["sentencepiece", "tokenizers", "tiktoken"])
@@ -69,7 +75,8 @@ def test_a_delimiter_that_is_typed_is_text(tokenizer, encoder, text):
     ids = tokenizer.encode(text, bos=False, eos=False)
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
     assert tokenizer.decode(ids) == text
-    assert encoder(["a", text, "b"])[0].tolist() == [i for t in ("a", text, "b") for i in tokenizer.model.encode(t)]
+    texts = ["a", text, "b"]
+    assert plain(encoder, texts) == reference(tokenizer, texts)
 
 
 def test_decode_inverts_encode_and_refuses_unknown_ids(tokenizer):
@@ -86,25 +93,29 @@ def test_lone_surrogates_are_refused(tokenizer):
         tokenizer.encode("ab\ud800", bos=False, eos=False)
 
 
-def reference(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[int], list[int]]:
-    rows = [tokenizer.encode(text, bos=False, eos=False) for text in texts]
-    return [i for row in rows for i in row], [len(row) for row in rows]
+def reference(tokenizer: Tokenizer, texts: list[str], bos: bool = False, eos: bool = False) -> tuple[list, list, list]:
+    rows = [tokenizer.encode(text, bos=bos, eos=eos) for text in texts]
+    return [i for row in rows for i in row], [len(row) for row in rows], [len(text.encode()) for text in texts]
+
+
+def plain(encoder: BatchEncoder, texts: list[str], bos: bool = False, eos: bool = False) -> tuple[list, list, list]:
+    ids, lengths, sizes = encoder(texts, bos=bos, eos=eos)
+    return ids.tolist(), lengths.tolist(), sizes.tolist()
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_the_fast_encoder_gives_the_reference_ids(tokenizer, encoder, data):
-    pieces = st.sampled_from([text[:40] for text in TORTURE] + ["the ", " the", "\n", "12", "fox"])
+@given(data=st.data(), bos=st.booleans(), eos=st.booleans())
+def test_the_fast_encoder_gives_the_reference_ids(tokenizer, encoder, data, bos, eos):
+    pieces = st.sampled_from([text[:40] for text in TORTURE] + ["the ", " the", "\n", "12", "fox", SEPARATOR])
     texts = st.lists(st.one_of(st.lists(pieces, max_size=12).map("".join), st.text(max_size=60)), max_size=6)
     batch = data.draw(texts)
-    ids, lengths = encoder(batch)
-    assert (ids.tolist(), lengths.tolist()) == reference(tokenizer, batch)
+    assert plain(encoder, batch, bos, eos) == reference(tokenizer, batch, bos, eos)
 
 
 def test_long_runs_take_linear_time(encoder):
     # A quadratic encoder would need minutes for this; the whole suite's time limit is what would fail.
     for piece in ("x", " ", "ab", "你"):
-        assert encoder([piece * 200_000])[1].sum() > 0
+        assert encoder([piece * 200_000], bos=False, eos=False)[1].sum() > 0
 
 
 def test_an_encoder_that_is_wrong_is_not_used(tokenizer, monkeypatch):
@@ -112,14 +123,14 @@ def test_an_encoder_that_is_wrong_is_not_used(tokenizer, monkeypatch):
         def __init__(self, right):
             self.right = right
 
-        def encode_batch(self, texts, parallel):
-            return self.right.encode_batch([text.replace("\t", " ") for text in texts], parallel=parallel)
+        def encode_batch_padded(self, texts, **options):
+            return self.right.encode_batch_padded([text.replace(b"\t", b" ") for text in texts], **options)
 
-    right = tokenizer.model.fast()
-    monkeypatch.setattr(type(tokenizer.model), "fast", lambda self: Wrong(right))
+    right = tokenizer_module._in_gigatoken(tokenizer)
+    monkeypatch.setattr(tokenizer_module, "_in_gigatoken", lambda tokenizer: Wrong(right))
     encoder = BatchEncoder(tokenizer)
     assert encoder.engine == "reference" and r"differ from the reference on '\t'" in encoder.why_slow
-    assert encoder(["a\tb"])[0].tolist() == tokenizer.encode("a\tb", bos=False, eos=False)
+    assert plain(encoder, ["a\tb"]) == reference(tokenizer, ["a\tb"])
     with pytest.raises(ValueError, match="--engine gigatoken: gigatoken's ids differ"):
         BatchEncoder(tokenizer, "gigatoken")
 
@@ -128,8 +139,42 @@ def test_without_the_fast_library_the_reference_is_used(tokenizer, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gigatoken", None)
     encoder = BatchEncoder(tokenizer)
     assert encoder.engine == "reference" and "pip install gigatoken" in encoder.why_slow
-    ids, lengths = encoder(["a b", "", "<s>"])
-    assert (ids.tolist(), lengths.tolist()) == reference(tokenizer, ["a b", "", "<s>"])
+    texts = ["a b", "", "<s>"]
+    assert plain(encoder, texts, bos=True, eos=True) == reference(tokenizer, texts, bos=True, eos=True)
+
+
+def test_the_fast_encoder_needs_no_awkward_arrays(tokenizer, encoder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "awkward", None)
+    assert plain(encoder, TORTURE) == reference(tokenizer, TORTURE)
+
+
+def test_a_text_with_the_separator_is_encoded_too(tokenizer, encoder):
+    texts = ["a", f"x {SEPARATOR} y", SEPARATOR, "", SEPARATOR * 2]
+    assert plain(encoder, texts, bos=True, eos=True) == reference(tokenizer, texts, bos=True, eos=True)
+
+
+def test_the_conversion_for_the_fast_library_is_kept_and_made_anew_when_damaged(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    texts, convert, made = ["the fox", "12345"], type(tokenizer.model).as_json, []
+    monkeypatch.setattr(type(tokenizer.model), "as_json", lambda self: made.append(self) or convert(self))
+
+    def encode():
+        assert plain(BatchEncoder(tokenizer, "gigatoken"), texts) == reference(tokenizer, texts)
+        return len(made)
+
+    assert encode() == 1 and encode() == 1
+    (kept,) = (tmp_path / "lit_gpt").iterdir()
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[:-1], whole.replace(b"fox", b"dog"), whole[:100] + b"\xff" + whole[101:]):
+        made.clear()
+        kept.write_bytes(damaged)
+        assert encode() == (damaged != whole) and kept.read_bytes() == whole
+    assert list((tmp_path / "lit_gpt").iterdir()) == [kept]
+
+    made.clear()
+    (tmp_path / "file").write_text("")  # where no folder can be made
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert encode() == 1 and encode() == 2
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
@@ -176,8 +221,7 @@ def test_llama2_and_a_tokenizer_that_the_fast_library_gets_wrong(shared_data):
     assert llama.sha256.startswith("9e556afd")
     encoder = BatchEncoder(llama, "gigatoken")
     texts = [*TORTURE, "a<s>" * 50, "".join(map(chr, range(1, 0xD800, 7)))]
-    ids, lengths = encoder(texts)
-    assert (ids.tolist(), lengths.tolist()) == reference(llama, texts)
+    assert plain(encoder, texts, bos=True) == reference(llama, texts, bos=True)
 
     stories = BatchEncoder(Tokenizer(shared_data / "models" / "stories260k"))
     assert stories.engine == "reference" and "differ from the reference" in stories.why_slow
