@@ -295,6 +295,105 @@ def test_a_real_model_scores_what_lm_eval_says(n, shared_data, tmp_path):
         assert round(average(results), 4) == reference["gpt4all_average_acc_norm_or_acc"]
 
 
+@pytest.fixture(scope="module")
+def instruct_dir(tmp_path_factory, tasks_dir) -> Path:
+    """lm_eval's own files of MMLU, BBH and DROP, two subjects of each, with data of our own in their shape."""
+    import lm_eval
+
+    theirs = Path(lm_eval.__file__).parent / "tasks"
+    root = tmp_path_factory.mktemp("instruct")
+    (root / "tasks").mkdir()
+    (root / "data").mkdir()
+    mmlu = [{"question": f"What is {i} + 1?", "choices": [str(i + c) for c in range(4)], "answer": 1} for i in range(8)]
+    bbh = [{"input": f"not ( {v} ) is", "target": str(not v)} for v in (True, False, True)]
+    none = {"day": "", "month": "", "year": ""}
+    drop = [
+        {
+            "query_id": str(i),
+            "passage": f"The team won {i} games and lost 2.",
+            "question": "How many did it win?",
+            "answer": {"number": str(i), "date": none, "spans": []},
+            "validated_answers": {"number": [str(i)], "date": [none], "spans": [[]]},
+        }
+        for i in range(8)
+    ]
+    for name, rows in {"mmlu": mmlu, "bbh": bbh, "drop": drop, "humaneval_local": [PROBLEM]}.items():
+        (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def copy(file: str, data: str, splits: str) -> None:
+        lines = (theirs / file).read_text().splitlines()
+        files = json.dumps({split: f"data/{data}.jsonl" for split in splits.split()})
+        local = ["dataset_path: json", f"dataset_kwargs: {{data_files: {files}}}"]
+        lines = [part for x in lines for part in (local if x.startswith("dataset_path") else [x])]
+        (root / "tasks" / Path(file).name).write_text("\n".join(lines) + "\n")
+
+    copy("mmlu/default/_default_template_yaml", "mmlu", "test dev")
+    copy("bbh/fewshot/_fewshot_template_yaml", "bbh", "test")
+    copy("bbh/cot_fewshot/_cot_fewshot_template_yaml", "bbh", "test")
+    copy("drop/default.yaml", "drop", "train validation")
+    subjects = ["mmlu_anatomy", "mmlu_marketing"]
+    for subject in subjects:
+        copy(f"mmlu/default/{subject}.yaml", "", "")
+    copy("bbh/fewshot/boolean_expressions.yaml", "", "")
+    copy("bbh/cot_fewshot/navigate.yaml", "", "")
+    (root / "tasks" / "utils.py").write_text((theirs / "drop" / "utils.py").read_text())
+    (root / "tasks" / "humaneval_local.yaml").write_text((tasks_dir / "humaneval_local.yaml").read_text())
+    for group, metric, members in (
+        ("mmlu", "acc", subjects),
+        ("bbh_fewshot", "exact_match", ["bbh_fewshot_boolean_expressions"]),
+    ):
+        mean = [{"metric": metric, "aggregation": "mean", "weight_by_size": True}]
+        group = {"group": group, "task": members, "aggregate_metric_list": mean}
+        (root / "tasks" / f"_{group['group']}.yaml").write_text(json.dumps(group))
+    return root / "tasks"
+
+
+@pytest.mark.slow
+def test_the_instruct_group_runs_with_its_examples_before_each_question(instruct_dir, tmp_path):
+    write_lit_folder(tmp_path / "model", block_size=512)
+    flags = dict(checkpoint_dir=tmp_path / "model", tasks_dir=instruct_dir, tasks="instruct,bbh_cot_fewshot_navigate")
+    flags |= dict(out=tmp_path / "r.json", samples_out=tmp_path / "s.jsonl", limit=2, device="cpu")
+    words = [str(x) for k, v in flags.items() for x in (f"--{k}", v)]
+    assert "humaneval_local runs programs" in run_script("evaluate.py", *words)
+    assert run_script("evaluate.py", *words, "--allow_code_execution", "true") == 0
+    results = json.loads((tmp_path / "r.json").read_text())
+    shots = {"mmlu_anatomy": 5, "mmlu_marketing": 5, "bbh_fewshot_boolean_expressions": 3, "drop": 3}
+    shots |= {"bbh_cot_fewshot_navigate": 3, "humaneval_local": 0}
+    assert {task: results["n-shot"][task] for task in shots} == shots
+    found = {task: metric for task, (metric, _, _) in scores(results).items()}
+    groups = {"mmlu": "acc", "bbh_fewshot": "exact_match", "drop": "f1", "humaneval": "pass@1"}
+    assert groups.items() <= found.items() and found["bbh_cot_fewshot_navigate"] == "exact_match"
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert len(lines) == 11 and sum(len(line.get("loglikelihoods", [])) == 4 for line in lines) == 4
+
+    # The prompts hold the examples, and right answers, in the words that the data have, get all the points.
+    prompts: dict[str, str] = {}
+
+    def right(requests) -> list[str]:
+        answers = []
+        for request in requests:
+            task, doc = request.task_name, request.doc
+            prompts[task] = request.args[0]
+            answer = {"drop": lambda d: d["answers"][0][0], "humaneval_local": lambda d: "    return a + b\n"}
+            words = answer.get(task, lambda d: d["target"])(doc)
+            answers.append(f"So the answer is {words}." if "cot" in task else words)
+        return answers
+
+    def likely(requests) -> list[tuple[float, bool]]:
+        prompts[requests[0].task_name] = requests[0].args[0]
+        return [(float(request.args[1] == " B"), True) for request in requests]
+
+    lm = lit_lm(tmp_path / "model")
+    lm.generate_until, lm.loglikelihood = right, likely
+    tasks = load_tasks(["instruct", "bbh_cot_fewshot_navigate"], instruct_dir)
+    perfect = scores(evaluate(lm, tasks, limit=2, allow_code_execution=True))
+    assert {value for _, value, _ in perfect.values()} == {1.0}, perfect
+    assert prompts["mmlu_anatomy"].count("Answer: B") == 5 and prompts["mmlu_anatomy"].endswith("Answer:")
+    assert prompts["bbh_fewshot_boolean_expressions"].count("Q: ") == 4
+    assert prompts["bbh_cot_fewshot_navigate"].count("Let's think step by step.") == 4
+    assert prompts["drop"].count("The team won") == 4 and prompts["humaneval_local"] == PROBLEM["prompt"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_scores_tasks_as_evaluate_does_with_its_checkpoint(ranks, folders, tasks_dir, tmp_path):
