@@ -143,20 +143,20 @@ def upload(folder: Path, owner: str | None = None) -> str:
 
     Raises:
         ValueError: nobody is logged in.
-        OSError: the hub refused.
+        OSError: the hub refused, or was not reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     api = HfApi()
     try:
         user = api.whoami()["name"]
-    except LocalTokenNotFoundError as e:
-        raise ValueError("--push: nobody is logged in to Hugging Face here; run `hf auth login` first") from e
-    repo_id = f"{owner or user}/{folder.name}"
-    try:
+        repo_id = f"{owner or user}/{folder.name}"
         api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder)
-    except HfHubHTTPError as e:
-        raise OSError(f"--push: {repo_id}: {str(e).splitlines()[0]}") from e
+    except LocalTokenNotFoundError as e:
+        raise ValueError("--push: nobody is logged in to Hugging Face here; run `hf auth login` first") from e
+    except Exception as e:  # the hub's errors and the network's have no common class, and all mean this
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise OSError(f"--push: {folder} was not uploaded: {reason}") from e
     return repo_id

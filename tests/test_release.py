@@ -1,20 +1,22 @@
 """Releases: their names, cards and rows, a schedule that follows a run, and nothing uploaded unless asked."""
 
+import base64
+import hashlib
 import json
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
-from huggingface_hub.errors import LocalTokenNotFoundError
 
 from lit_gpt import Config, checkpoint
 from lit_gpt.metrics import Metrics
 from lit_gpt.model import GPT
 from lit_gpt.model_card import model_card
 from lit_gpt.pretrained import open_pretrained
-from lit_gpt.release import BEGIN, END, at_risk, read_schedule, release_name, upload, write_row
+from lit_gpt.release import BEGIN, END, at_risk, read_schedule, release_name, write_row
 from lit_gpt.tokenizer import Tokenizer
 from tests.tiny import TINY, run_script, train_sentencepiece
 
@@ -158,36 +160,110 @@ def test_what_is_refused(run, tmp_path):
     assert not (tmp_path / "releases" / NAME).exists()
 
 
-class Hub:
-    """What of HfApi a release uses."""
+class Hub(BaseHTTPRequestHandler):
+    """Hugging Face's, as far as an upload asks it; `server.files` is what is there, {repository: {path: bytes}}."""
 
-    def __init__(self, user: str | None) -> None:
-        self.user, self.calls = user, []
+    def do_GET(self):
+        if self.headers["Authorization"] != "Bearer hf_mine":
+            self.answer({"error": "Invalid credentials"}, 401)
+        elif self.path == "/api/whoami-v2":
+            self.answer({"name": "me", "type": "user", "auth": {}})
+        else:
+            self.answer({"error": "Repository not found"}, 404)
 
-    def whoami(self):
-        if self.user is None:
-            raise LocalTokenNotFoundError
-        return {"name": self.user}
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.headers["Authorization"] != "Bearer hf_mine":
+            return self.answer({"error": "Invalid credentials"}, 401)
+        _, *parts = self.path.split("/")
+        if parts == ["api", "repos", "create"]:
+            repo = "{organization}/{name}".format(**{"organization": "me", **json.loads(body)})
+            if repo.startswith("others/"):
+                return self.answer({"error": "You don't have the rights to create a model there"}, 403)
+            self.server.files.setdefault(repo, {})
+            return self.answer({"url": f"{self.server.url}/{repo}"})
+        if parts[:2] == ["api", "models"] and parts[4] == "preupload":
+            files = json.loads(body)["files"]
+            modes = [("lfs" if f["path"].endswith(".safetensors") else "regular") for f in files]
+            return self.answer(
+                {"files": [{**f, "uploadMode": m, "shouldIgnore": False} for f, m in zip(files, modes, strict=True)]}
+            )
+        if parts == ["api", "validate-yaml"]:  # of a model card
+            return self.answer({"errors": [], "warnings": []})
+        if parts[-3:] == ["lfs", "objects", "batch"]:
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.server.url}/blob/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return self.answer({"transfer": "basic", "objects": objects})
+        if parts[:2] == ["api", "models"] and parts[4] == "commit":
+            held = self.server.files["/".join(parts[2:4])]
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    held[value["path"]] = base64.b64decode(value["content"])
+                if line["key"] == "lfsFile":
+                    held[value["path"]] = self.server.blobs[value["oid"]]
+            return self.answer({"commitUrl": f"{self.server.url}/me/x/commit/1", "commitOid": "1"})
+        self.answer({"error": f"unknown here: {self.path}"}, 404)
 
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
+    def do_PUT(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        assert hashlib.sha256(content).hexdigest() == self.path.removeprefix("/blob/")
+        self.server.blobs[self.path.removeprefix("/blob/")] = content
+        self.answer({})
+
+    def answer(self, content: dict, status: int = 200) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
 
 
-def test_uploads_only_when_asked_and_logged_in(run, tmp_path, monkeypatch):
-    hub = Hub(None)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    assert release(run, "--step", 1000) == 0 and hub.calls == []
-    assert "nobody is logged in to Hugging Face here; run `hf auth login` first" in release(
-        run, "--step", 1000, "--push", "true"
-    )
-    assert hub.calls == []
-    hub.user = "me"
-    folder = tmp_path / "TinyLlama-x"
-    assert (upload(folder), upload(folder, "team")) == ("me/TinyLlama-x", "team/TinyLlama-x")
-    assert hub.calls[:2] == [
-        ("create_repo", ("me/TinyLlama-x",), {"exist_ok": True}),
-        ("upload_folder", (), {"repo_id": "me/TinyLlama-x", "folder_path": folder}),
-    ]
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """One on this machine, that huggingface_hub takes for its own; nobody is logged in."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.blobs = {}, {}
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    # Large files go as git-lfs, which every hub has taken, and not by Xet, a protocol of its own.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_uploads_only_when_asked_and_logged_in(hub, run, tmp_path, monkeypatch):
+    push = ("--step", 1000, "--push", "true")
+    assert release(run, "--step", 1000) == 0
+    assert "nobody is logged in to Hugging Face here; run `hf auth login` first" in release(run, *push)
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    assert "was not uploaded: Invalid user token" in release(run, *push)
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    assert "was not uploaded: 403 Forbidden" in release(run, *push, "--owner", "others")
+    assert hub.files == {}
+
+    assert release(run, *push) == 0 and release(run, *push, "--owner", "team") == 0
+    (folder,) = (tmp_path / "releases").iterdir()
+    written = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(written)
+    for owner in ("me", "team"):
+        assert hub.files[f"{owner}/{folder.name}"] == written
+
+    hub.shutdown()
+    hub.server_close()
+    assert release(run, *push).startswith(f"error: --push: {folder} was not uploaded: ")
 
 
 def test_the_card_of_weights_alone(tmp_path):
