@@ -166,7 +166,7 @@ def build_peer(name: str, config: Config, device: torch.device) -> tuple[torch.n
         run = model if name == "hf-liger" else torch.compile(model)
 
         def forward(idx, targets):
-            return run(input_ids=idx, labels=idx, shift_labels=targets, use_cache=False).loss * idx.numel()
+            return run(input_ids=idx, labels=idx, shift_labels=targets.contiguous(), use_cache=False).loss * idx.numel()
 
     def loss_of(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=name != "torchao-fp8"):
@@ -229,7 +229,8 @@ def time_step(model, loss_of, config, size, accumulation, steps, device, profile
 
 def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | None = None) -> None:
     """Each fused operation, forward and backward, beside PyTorch, torch.compile and Liger (if installed), and the
-    share of a device copy's bandwidth that it reaches, for the bytes that it must move.
+    share of a device copy's bandwidth that it reaches, for the bytes that it must move; GB is what forward and backward
+    need at their peak.
 
     Args:
         n_tokens: tokens in a call.
@@ -255,15 +256,27 @@ def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | No
     hidden, head = randn(N, C) * 0.05, randn(V, C) * 0.05
     targets = torch.randint(V, (N,), device=device)
 
-    class FusedSwiglu(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, gate_up):
-            ctx.save_for_backward(gate_up)
-            return fused.swiglu(gate_up)
+    def swiglu_with(forward: Callable, backward: Callable) -> Callable:
+        """The backward gives the output again too, as a step does, whose next gradient needs it."""
 
-        @staticmethod
-        def backward(ctx, dh):
-            return fused.swiglu_backward(*ctx.saved_tensors, dh)[0]
+        class Swiglu(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, gate_up):
+                ctx.save_for_backward(gate_up)
+                return forward(gate_up)
+
+            @staticmethod
+            def backward(ctx, dh):
+                return backward(*ctx.saved_tensors, dh)[0]
+
+        return Swiglu.apply
+
+    def reference_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+        return swiglu.swiglu(*gate_up.split(W, -1))
+
+    def reference_swiglu_backward(gate_up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h, pull_back = torch.func.vjp(reference_swiglu, gate_up)
+        return pull_back(dh)[0], h
 
     # operation -> inputs, bytes forward, bytes backward, {name: function}
     operations = {
@@ -288,8 +301,12 @@ def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | No
         "swiglu": (
             (gate_up,),
             6 * N * W,
-            12 * N * W,  # with the output, which the down projection's gradient needs again
-            {"ours": FusedSwiglu.apply, "torch": lambda gate_up: swiglu.swiglu(*gate_up.split(W, -1))},
+            12 * N * W,
+            {
+                "ours": swiglu_with(fused.swiglu, fused.swiglu_backward),
+                "torch": swiglu_with(reference_swiglu, reference_swiglu_backward),
+                "compile": swiglu_with(torch.compile(reference_swiglu), torch.compile(reference_swiglu_backward)),
+            },
         ),
         "linear cross-entropy": (
             (hidden, head, targets),
@@ -298,6 +315,9 @@ def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | No
             {
                 "ours": fused.linear_cross_entropy,
                 "torch": cross_entropy.linear_cross_entropy,
+                "compile, all logits": torch.compile(
+                    lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t, reduction="sum")
+                ),
             },
         ),
     }
@@ -317,7 +337,7 @@ def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | No
 
         operations["add + rms_norm"][3]["Liger"] = lambda x, d, w: liger_fused_add_rms_norm(x, d, w, 1e-5)
         operations["split + rope"][3]["Liger"] = liger_rope
-        operations["swiglu"][3]["Liger"] = lambda gu: LigerSiLUMulFunction.apply(*gu.split(W, -1))
+        operations["swiglu"][3]["Liger, output not again"] = lambda gu: LigerSiLUMulFunction.apply(*gu.split(W, -1))
         operations["linear cross-entropy"][3]["Liger"] = lambda h, w, t: LigerLoss.apply(
             h, w, t, None, None, -100, 0.0, 0.0, "sum"
         )[0]
@@ -326,7 +346,7 @@ def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | No
 
     rows = []
     for operation, (inputs, forward_bytes, backward_bytes, functions) in operations.items():
-        functions["compile"] = torch.compile(functions["torch"])
+        functions.setdefault("compile", torch.compile(functions["torch"]))
         for name, function in functions.items():
             tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
             try:
@@ -334,14 +354,18 @@ def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | No
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 grads = [torch.randn_like(o) if o.dim() else None for o in outputs]
                 forward, both = forward_and_both_s(function, tensors, grads)
+                memory = extra_memory(function, tensors, grads)
             except Exception as e:  # a foreign package may refuse a shape; the others still count
                 rows.append({"operation": operation, "by": name, "forward us": f"{type(e).__name__}: {e}"[:80]})
                 continue
             row = {"operation": operation, "by": name}
-            row |= {"forward us": round(1e6 * forward, 1), "backward us": round(1e6 * (both - forward), 1)}
             if forward_bytes:
+                row |= {"forward us": round(1e6 * forward, 1), "backward us": round(1e6 * (both - forward), 1)}
                 row["forward % of copy"] = round(100 * forward_bytes / forward / bandwidth, 1)
                 row["backward % of copy"] = round(100 * backward_bytes / (both - forward) / bandwidth, 1)
+            # Losses differ in which of the two computes the gradients, so of them this alone can be compared.
+            row["both us"] = round(1e6 * both, 1)
+            row["GB"] = round(memory / 1e9, 2)
             rows.append(row)
     report(rows, json)
 
@@ -389,6 +413,14 @@ def forward_and_both_s(function: Callable, inputs: tuple, grads: tuple) -> tuple
     needs = [t for t in inputs if t.requires_grad]
     both = device_s(lambda: torch.autograd.grad(as_tuple(function(*inputs)), needs, grads))
     return device_s(lambda: function(*inputs)), both
+
+
+def extra_memory(function: Callable, inputs: tuple, grads: tuple) -> int:
+    """Bytes that forward and backward need at their peak beside the inputs, gradients of the inputs included."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(as_tuple(function(*inputs)), [t for t in inputs if t.requires_grad], grads)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def device_s(function: Callable, n: int = 10) -> float:
