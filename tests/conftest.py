@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,19 @@ def smollm2(tmp_path_factory) -> Path:
     if made.returncode:
         pytest.skip(f"could not be made, it needs a download: {made.stderr[-200:]}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory) -> Path:
+    """Llama 3's own tokenizer.model, from Meta's package of 7 MB; without a download the test skips."""
+    folder = tmp_path_factory.mktemp("llama3")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "llama-models==0.3.0"]
+    made = subprocess.run(pip, capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"could not be downloaded: {made.stderr[-200:]}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        (folder / "tokenizer.model").write_bytes(wheel.read("llama_models/llama3/tokenizer.model"))
+    return folder / "tokenizer.model"
 
 
 @pytest.fixture

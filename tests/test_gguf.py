@@ -24,7 +24,7 @@ from lit_gpt.kernels.rope import rope_tables, rotate
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
 from lit_gpt.tokenizer import TORTURE, Tokenizer
 from tests.test_hf import llama3_ranks, reduced
-from tests.tiny import TINY, random_weights, run_script, train_sentencepiece, write_lit_folder
+from tests.tiny import ROOT, TINY, random_weights, run_script, train_sentencepiece, write_lit_folder
 
 CPU = torch.device("cpu")
 
@@ -299,10 +299,15 @@ def test_llama_cpp_computes_what_we_do(scaling, llama_cpp, tokenizer, tmp_path):
     assert difference < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "llama 3", "trained", "digits apart"])
-def test_llama_cpp_gives_our_ids(kind, llama_cpp, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "kind",
+    ["sentencepiece", "llama 3", "trained", "digits apart", pytest.param("llama3", marks=pytest.mark.long)],
+)
+def test_llama_cpp_gives_our_ids(kind, llama_cpp, tokenizer, tmp_path, request):
     source = tokenizer
-    if kind != "sentencepiece":
+    if kind == "llama3":  # the real one
+        source = request.getfixturevalue("llama3")
+    elif kind != "sentencepiece":
         source = llama3_ranks(tmp_path / "ranks" / "tokenizer.model")
     if kind in ("trained", "digits apart"):  # a tokenizer.json of scripts/train_tokenizer.py, and one like SmolLM's
         export_tokenizer(source, tmp_path, add_bos=True, max_length=64)
@@ -319,7 +324,7 @@ def test_llama_cpp_gives_our_ids(kind, llama_cpp, tokenizer, tmp_path):
     theirs = llama_cpp.Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
     # llama.cpp takes "▁" for a space, knows no NUL and cuts words by Unicode tables of its own.
     texts = [t for t in TORTURE if t and not set(t) & set("▁\x00ſ\u200d\ufeff\u0301\u0323") and len(t) < 9000]
-    texts += [t for path in sorted((tmp_path.parent).glob("*.py")) for t in [path.read_text()]]
+    texts += [path.read_text(encoding="utf-8") for path in sorted((ROOT / "lit_gpt").glob("*.py"))]
     differ = [
         text
         for text in texts
