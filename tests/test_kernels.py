@@ -16,7 +16,17 @@ if not torch.cuda.is_available():
 
 from lit_gpt import kernels
 from lit_gpt.config import Config
-from lit_gpt.kernels import IGNORE_INDEX, ComputeWeights, cross_entropy, linear, rmsnorm, rope, select_kernels, swiglu
+from lit_gpt.kernels import (
+    IGNORE_INDEX,
+    ComputeWeights,
+    cross_entropy,
+    linear,
+    precompile,
+    rmsnorm,
+    rope,
+    select_kernels,
+    swiglu,
+)
 from lit_gpt.kernels.attention import NAMES, attention, document_mask, load, usable
 from lit_gpt.model import GPT
 
@@ -441,3 +451,65 @@ def test_a_package_that_was_named_and_is_missing_is_an_import_error(monkeypatch)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(ImportError, match="pip install xformers"):
         select_kernels("xformers", device=DEVICE, dtype=torch.bfloat16)
+
+
+# --- compiling ahead -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_precompiling_that_fails_is_left_to_the_first_call(monkeypatch, tmp_path):
+    """As where packages are of other versions: the process that compiles ends with an error."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(precompile, "_version", lambda package: "0.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setenv("QUACK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(broken := tmp_path / "packages"))
+    for package in ("quack", "flash_attn"):
+        (broken / package).mkdir(parents=True)
+        (broken / package / "__init__.py").write_text("raise RuntimeError('of another version')")
+    precompile.precompile(["fa4", "quack"], (4, 2, 64), torch.device("cuda"), torch.bfloat16)
+    assert not list(tmp_path.glob("precompiled-*[!k]"))  # so that the next run tries again
+    assert len(list(tmp_path.glob("precompiled-*.lock"))) == 1
+
+
+@pytest.mark.gpu
+def test_what_was_precompiled_is_what_a_step_calls(tmp_path):
+    """In a process that finds empty caches, all CuTe kernels of a step come from the disk."""
+    if kernels._usable("quack", DEVICE, torch.bfloat16) or usable("fa4", DEVICE, torch.bfloat16):
+        pytest.skip("flash-attn-4 or quack-kernels is missing")
+    caches = {"QUACK_CACHE_DIR": str(tmp_path / "quack"), "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(tmp_path / "fa4")}
+    done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, env={**os.environ, **caches})
+    assert done.stdout == "8 before, 8 after\n", done.stderr[-2000:]
+
+
+STEP = """
+import os
+from pathlib import Path
+
+import torch
+
+from lit_gpt.config import Config
+from lit_gpt.kernels import select_kernels
+from lit_gpt.model import GPT
+
+
+def compiled():
+    return sum(len(list(Path(os.environ[v]).rglob("*.o"))) for v in
+               ("QUACK_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"))
+
+
+device = torch.device("cuda")
+selected = select_kernels("quack+fa4", device=device, dtype=torch.bfloat16, heads=(4, 2, 64))
+before = compiled()
+config = Config(n_layer=2, n_head=4, n_query_groups=2, n_embd=256, intermediate_size=512, block_size=512,
+                vocab_size=512)
+with device:
+    model = GPT(config, selected)
+model.init_weights(1)
+model.compute_in(torch.bfloat16)
+idx = torch.randint(512, (2, 512), device=device)
+for _ in range(2):
+    model(idx, idx).backward()
+torch.cuda.synchronize()
+print(before, "before,", compiled(), "after")
+"""
