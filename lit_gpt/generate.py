@@ -8,7 +8,8 @@ B batch, T tokens, V ids.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 
@@ -63,13 +64,58 @@ def probabilities(
     return p
 
 
-def draw(p: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """An id for each row of p (..., V), with these probabilities: (...), int64.
+class Choice:
+    """How tokens are chosen from logits: with any settings, in PyTorch. R rows.
 
-    The first of V exponential clocks of rates p to ring is i with probability p_i; unlike torch.multinomial this never
-    waits for the GPU.
+    What `evidence` holds of a drawn token is what speculative decoding must know of the draft's choice.
     """
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+    def __init__(self, temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0) -> None:
+        self.settings = (temperature, top_k, top_p, min_p)
+
+    def distribution(self, logits: torch.Tensor) -> torch.Tensor:
+        return probabilities(logits, *self.settings)
+
+    def draw(self, logits: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+        """An id for each row of logits (R, V): (R,) int64, and the evidence.
+
+        Of V exponential clocks of rates p the first to ring is i with probability p_i; unlike torch.multinomial this
+        never waits for the GPU.
+
+        Args:
+            noise: (R, V) exponentially distributed; None for temperature 0.
+        """
+        p = self.distribution(logits)
+        return (p if noise is None else p / noise).argmax(-1), p
+
+
+class FusedChoice(Choice):
+    """The same for a temperature alone, in one launch of a kernel of kernels/decode.py."""
+
+    def __init__(self, kernels: ModuleType, temperature: float) -> None:
+        super().__init__(temperature)
+        self.kernels, self.temperature = kernels, temperature
+
+    def draw(self, logits: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+        ids, log_sum = self.kernels.draw(logits, self.temperature, noise)
+        return ids, (logits, log_sum)
+
+
+def choice_for(
+    model: GPT, temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0
+) -> Choice:
+    """The fastest that knows these settings on the model's device."""
+    kernels = model.kernels.decode
+    if kernels is not None and model.transformer.wte.weight.is_cuda and top_k is None and top_p == 1 and min_p == 0:
+        return FusedChoice(kernels, temperature)
+    return Choice(temperature, top_k, top_p, min_p)
+
+
+def clocks(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> torch.Tensor | None:
+    """The noise that Choice.draw wants."""
+    if temperature == 0:
+        return None
+    return torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -155,6 +201,7 @@ def decode(
     B = len(prompts) * num_samples
     n = c.block_size - longest + 1
     n = n if max_new_tokens is None else min(n, max_new_tokens)
+    choice = choice_for(model, temperature, top_k, top_p, min_p)
     seen = None
     if repetition_penalty != 1:
         seen = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool)
@@ -164,10 +211,7 @@ def decode(
 
     def choose(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
         penalised = logits if seen is None else penalise(logits, seen, repetition_penalty)
-        if temperature == 0:
-            token = penalised.argmax(-1)
-        else:
-            token = draw(probabilities(penalised, temperature, top_k, top_p, min_p), generator)
+        token, _ = choice.draw(penalised, clocks(penalised, temperature, generator))
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
         if not logprobs:

@@ -20,14 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from lit_gpt.decoder import Decoder, Graph
-from lit_gpt.generate import ContextFull, check_prompts, check_settings, probabilities
+from lit_gpt.generate import Choice, ContextFull, FusedChoice, check_prompts, check_settings, choice_for, clocks
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained
 from lit_gpt.tokenizer import Tokenizer
 
 MAX_GUESSES = 10
+ADAPTIVE_GUESSES = (1, 2, 3, 4, 5, 6, 8, 10)
+"""What an adaptive draft chooses from; on a GPU each is a graph that is captured first."""
 NGRAM = 3
 """Longest end of a text that is looked for in the text before."""
 
@@ -77,6 +80,33 @@ def accept(
     return kept, (rest / noise).argmax(-1)
 
 
+def judge(
+    choice: Choice,
+    logits: torch.Tensor,
+    guesses: torch.Tensor,
+    evidence: list | None,
+    uniform: torch.Tensor,
+    noise: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`accept`, from what the target says and what Choice.draw left of the draft's reasons.
+
+    Args:
+        logits: (B, k + 1, V) of the target.
+        evidence: of each of the k guesses; None: the draft was sure.
+    """
+    if isinstance(choice, FusedChoice):
+        kernels, temperature = choice.kernels, choice.temperature
+        largest, log_sum = (t.view(logits.shape[:2]) for t in kernels.draw(logits.flatten(0, 1), temperature))
+        q = (None, None) if evidence is None else (torch.stack(t, 1) for t in zip(*evidence, strict=True))
+        return kernels.accept(logits, log_sum, largest, *q, guesses, temperature, uniform, noise)
+    p = choice.distribution(logits)
+    if evidence is None:
+        q = torch.zeros_like(p[:, 1:]).scatter_(2, guesses[..., None], 1.0)
+    else:
+        q = torch.stack(evidence, 1)
+    return accept(p, q, guesses, uniform, noise)
+
+
 # --- drafts ----------------------------------------------------------------------------------------------------------
 
 
@@ -86,43 +116,41 @@ class ModelDraft:
     def __init__(self, model: GPT, vocab_size: int, batch_size: int, length: int) -> None:
         self.decoder = Decoder(model, batch_size, min(length, model.config.block_size))
         self.vocab_size = vocab_size
-
         self.known = model.transformer.wte.weight.size(0)
 
     def start(self, prompts: Sequence[Sequence[int]], copies: int) -> None:
         self.decoder.prefill([[min(i, self.known - 1) for i in prompt] for prompt in prompts], copies)
 
     def guess(
-        self,
-        before: torch.Tensor,
-        last: torch.Tensor,
-        position: torch.Tensor,
-        noise: torch.Tensor,
-        distribution: Callable[[torch.Tensor], torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """k guesses of what follows `last`, (B, k), and the distributions (B, k, V) that they were drawn from.
+        self, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor, noise: torch.Tensor, choice: Choice
+    ) -> tuple[torch.Tensor, list]:
+        """k guesses of what follows `last`, (B, k), and the evidence of each.
 
         Args:
             before, last: (B,) the last two tokens. The last but one may be a guess that this model has not read yet.
             position: (B,) of the last.
             noise: (k, B, V) to draw with.
-            distribution: of logits.
         """
         idx, position = torch.stack((before, last), 1), position - 1
-        guesses, q = [], []
-        for clocks in noise:
-            # Tables of embeddings are padded to different sizes; what this one does not know it never guesses.
-            logits = self.decoder.forward(idx.clamp(max=self.known - 1), position)[:, -1, : self.vocab_size]
-            logits = torch.nn.functional.pad(logits, (0, self.vocab_size - logits.size(1)), value=-torch.inf)
-            q.append(distribution(logits))
-            guesses.append((q[-1] / clocks).argmax(-1))
+        guesses, evidence = [], []
+        for clock in noise:
+            logits = self.decoder.forward(self._known(idx), position)[:, -1, : self.vocab_size]
+            if logits.size(1) < self.vocab_size:  # what it does not know it never guesses
+                logits = F.pad(logits, (0, self.vocab_size - logits.size(1)), value=-torch.inf)
+            guess, why = choice.draw(logits, clock)
+            guesses.append(guess)
+            evidence.append(why)
             position = position + idx.size(1)
-            idx = guesses[-1][:, None]
-        return torch.stack(guesses, 1), torch.stack(q, 1)
+            idx = guess[:, None]
+        return torch.stack(guesses, 1), evidence
+
+    def _known(self, idx: torch.Tensor) -> torch.Tensor:
+        """Tables of embeddings are padded to different sizes."""
+        return idx if self.known >= self.vocab_size else idx.clamp(max=self.known - 1)
 
     def read(self, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor) -> None:
         """Catch up with the text, without guessing."""
-        self.decoder.step(torch.stack((before, last), 1).clamp(max=self.known - 1), position - 1)
+        self.decoder.step(self._known(torch.stack((before, last), 1)), position - 1)
 
     def keep(self, position: torch.Tensor, guesses: torch.Tensor, kept: torch.Tensor, token: torch.Tensor) -> None:
         """Its cache holds the guesses; those that were wrong are overwritten."""
@@ -135,8 +163,7 @@ class ModelDraft:
 class NgramDraft:
     """Guesses that the text goes on as it did where it last read like this (prompt lookup decoding)."""
 
-    def __init__(self, vocab_size: int, batch_size: int, length: int, device: torch.device) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, batch_size: int, length: int, device: torch.device) -> None:
         self.text = torch.zeros(batch_size, length + MAX_GUESSES + 2, dtype=torch.int64, device=device)
 
     def start(self, prompts: Sequence[Sequence[int]], copies: int) -> None:
@@ -144,14 +171,9 @@ class NgramDraft:
             self.text[i, : len(prompt)] = torch.as_tensor(prompt)
 
     def guess(
-        self,
-        before: torch.Tensor,
-        last: torch.Tensor,
-        position: torch.Tensor,
-        noise: torch.Tensor,
-        distribution: Callable[[torch.Tensor], torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ModelDraft.guess; all probability is on the guess."""
+        self, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor, noise: torch.Tensor, choice: Choice
+    ) -> tuple[torch.Tensor, None]:
+        """As ModelDraft.guess. There is no evidence: it is sure."""
         text, at = self.text, position[:, None]
         text.scatter_(1, at, last[:, None])
         slots = torch.arange(text.size(1), device=text.device)[None]
@@ -164,9 +186,7 @@ class NgramDraft:
         found = (agreement * text.size(1) + slots * (agreement > 0)).argmax(1, keepdim=True)  # (B, 1)
         # Beyond the end the text is taken to repeat itself.
         steps = torch.arange(len(noise), device=text.device)[None] % (at - found).clamp(min=1)
-        guesses = text.gather(1, found + 1 + steps)
-        q = torch.zeros(*guesses.shape, self.vocab_size, device=text.device).scatter_(2, guesses[..., None], 1.0)
-        return guesses, q
+        return text.gather(1, found + 1 + steps), None
 
     def read(self, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor) -> None:
         """As ModelDraft.read."""
@@ -299,26 +319,29 @@ class Speculator:
         length = min(longest + n + MAX_GUESSES, block_size)
         if passes is None or not passes.fits(len(rows), length, settings):
             self._passes = passes = _Passes(self.target, self.draft, len(rows), length, settings)
-            self._pass_s.clear()
+            self._pass_s = passes.prepare(ADAPTIVE_GUESSES if self.guesses is None else (self.guesses,))
         lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]
         first = passes.start(prompts, num_samples, generator)
         done = [self._append(row, [token], n, eos_id) for row, token in zip(rows, first, strict=True)]
         yield
-        for i in range(1, n):
+        # A GPU begins the next pass while this one is looked at, unless that may leave nothing to do, or no room.
+        running: list[tuple[int, Callable]] = []
+        count = 0
+        while not all(done):
             active = [r for r, d in enumerate(done) if not d]
-            if not active:
-                break
-            # Positions up to the last guess must exist; the last token of a row need not be looked at any more.
-            room = min(length, passes.draft.room()) - max(lengths[r] + len(rows[r]) for r in active)
-            left = n - min(len(rows[r]) for r in active) - 1
-            compare = i == 2 or i % 32 == 0
-            k = 0 if compare else max(0, min(self.guesses or self._best(), room, left))
-            passes.prepare(k)
-            if k == 0 and room >= 0:
-                passes.draft.read(passes.before, passes.last, passes.position)
-            t0 = time.perf_counter()
-            kept, new = passes.run(k, done, generator)
-            elapsed_s = time.perf_counter() - t0
+            while len(running) < 1 + (passes.device.type == "cuda"):
+                coming = sum(k + 1 for k, _ in running)
+                if coming and n - min(len(rows[r]) for r in active) <= coming:
+                    break
+                # Positions up to the last guess must exist; the last token of a row need not be looked at any more.
+                room = min(length, passes.draft.room()) - max(lengths[r] + len(rows[r]) for r in active) - coming
+                if coming and room < MAX_GUESSES:
+                    break
+                k = self._next(count, room)
+                count += 1
+                running.append((k, passes.begin(k, done, room >= 0, generator)))
+            k, wait = running.pop(0)
+            kept, new, elapsed_s = wait()
             self._count(k, [kept[r] for r in active], elapsed_s)
             for r in active:
                 done[r] = self._append(rows[r], new[r][: kept[r]] + new[r][-1:], n, eos_id)
@@ -355,6 +378,13 @@ class Speculator:
         known = self._pass_s.get(k)
         self._pass_s[k] = elapsed_s if known is None else 0.8 * known + 0.2 * min(elapsed_s, 4 * known)
 
+    def _next(self, i: int, room: int) -> int:
+        """Guesses in pass i of a text; now and then none, to compare with."""
+        if room < 1 or i % 128 == 127 or (i == 1 and len(self.stats.plain_s) < 5):
+            return 0
+        k = self.guesses or self._best()
+        return k if k <= room else max(g for g in (0, *ADAPTIVE_GUESSES) if g <= room)
+
     def _best(self) -> int:
         """The number of guesses with the most tokens expected in a second.
 
@@ -369,7 +399,7 @@ class Speculator:
         def tokens_per_s(k: int) -> float:
             return sum(self._kept_rate**i for i in range(k + 1)) / seen.get(k, seen[0] + k * each)
 
-        return max(range(1, MAX_GUESSES + 1), key=tokens_per_s)
+        return max(ADAPTIVE_GUESSES, key=tokens_per_s)
 
 
 class _Passes:
@@ -378,83 +408,117 @@ class _Passes:
 
     def __init__(self, target: GPT, draft: GPT | None, batch_size: int, length: int, settings: tuple) -> None:
         self.settings, self.batch_size, self.length = settings, batch_size, length
+        self.choice = choice_for(target, *settings)
         self.V = target.config.vocab_size
         self.target = Decoder(target, batch_size, length)
         self.device = self.target.device
         if draft is None:
-            self.draft = NgramDraft(self.V, batch_size, length, self.device)
+            self.draft = NgramDraft(batch_size, length, self.device)
         else:
             self.draft = ModelDraft(draft, self.V, batch_size, length)
+        self.before, self.last, self.position = (
+            torch.ones(batch_size, dtype=torch.int64, device=self.device) for _ in range(3)
+        )
         self.noise: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.graphs: dict[int, Graph] = {}
 
     def fits(self, batch_size: int, length: int, settings: tuple) -> bool:
         return self.batch_size == batch_size and length <= self.length and self.settings == settings
 
-    def distribution(self, logits: torch.Tensor) -> torch.Tensor:
-        return probabilities(logits, *self.settings)
-
     @torch.inference_mode()
     def start(
         self, prompts: Sequence[Sequence[int]], copies: int, generator: torch.Generator | None = None
     ) -> list[int]:
         """Read the prompts. Returns the first token of each row."""
-        p = self.distribution(self.target.prefill(prompts, copies))
-        if self.settings[0] == 0:
-            self.last = p.argmax(-1)
-        else:
-            self.last = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+        logits = self.target.prefill(prompts, copies)
+        self.last.copy_(self.choice.draw(logits, clocks(logits, self.settings[0], generator))[0])
         room = self.draft.room()
         self.draft.start([p[:room] for p in prompts], copies)
-        lengths = [len(prompt) for prompt in prompts for _ in range(copies)]
-        self.before = torch.tensor([prompt[-1] for prompt in prompts for _ in range(copies)], device=self.device)
-        self.position = torch.tensor(lengths, device=self.device)
+        self.before.copy_(torch.tensor([prompt[-1] for prompt in prompts for _ in range(copies)]))
+        self.position.copy_(torch.tensor([len(prompt) for prompt in prompts for _ in range(copies)]))
         return self.last.tolist()
 
     @torch.inference_mode()
-    def prepare(self, k: int) -> None:
-        """Have the noise for passes of k guesses, and on a GPU the graph: not part of their time."""
+    def prepare(self, guesses: Sequence[int]) -> dict[int, float]:
+        """On a GPU, capture the passes of so many guesses, and of none. Returns the seconds that each takes."""
+        pass_s = {}
+        for k in (0, *guesses) if self.device.type == "cuda" else ():
+            self._capture(k)
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            self.graphs[k]()
+            ended.record()
+            ended.synchronize()
+            self.position.fill_(1)
+            pass_s[k] = begun.elapsed_time(ended) / 1e3
+        return pass_s
+
+    def _capture(self, k: int) -> None:
+        """The noise for passes of k guesses, and on a GPU the graph."""
         if k in self.noise:
             return
-        shape = (k + 1, self.batch_size, self.V)
         self.noise[k] = (
-            torch.ones(shape, device=self.device),
+            torch.ones(k + 1, self.batch_size, self.V, device=self.device),
             torch.full((self.batch_size, k), 0.5, device=self.device),
         )
         if self.device.type == "cuda":
-            self.graphs[k] = Graph(lambda *state: self._pass(k, *state), self.before, self.last, self.position)
+            state = [t.clone() for t in (self.before, self.last, self.position)]
+            self.graphs[k] = Graph(lambda: self._pass(k))
+            for mine, was in zip((self.before, self.last, self.position), state, strict=True):
+                mine.copy_(was)
 
     @torch.inference_mode()
-    def run(
-        self, k: int, done: list[bool], generator: torch.Generator | None = None
-    ) -> tuple[list[int], list[list[int]]]:
-        """One pass. Returns for each row how many guesses stay, and its guesses with the token after them last."""
+    def begin(
+        self, k: int, done: list[bool], draft_follows: bool, generator: torch.Generator | None = None
+    ) -> Callable[[], tuple[list[int], list[list[int]], float]]:
+        """Begin a pass. Returns what waits for it, and gives for each row how many guesses stay, and its guesses with
+        the token after them last; and the seconds that it took."""
         if any(done):  # they go on, at the beginning of their caches, where there is always room
             stay = torch.tensor([not d for d in done], device=self.device)
-            self.position = self.position * stay + ~stay
+            self.position.copy_(self.position * stay + ~stay)
+        if k == 0 and draft_follows:
+            self.draft.read(self.before, self.last, self.position)
+        self._capture(k)
+        cuda = self.device.type == "cuda"
+        if cuda:
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+        t0 = time.perf_counter()
         exponential, uniform = self.noise[k]
         if self.settings[0] != 0:
             exponential.exponential_(generator=generator)
             uniform.uniform_(generator=generator)
-        one_pass = self.graphs.get(k) or (lambda *state: self._pass(k, *state))
-        self.before, self.last, self.position, result = one_pass(self.before, self.last, self.position)
-        kept, *new = result.T.tolist()
-        return kept, [list(row) for row in zip(*new, strict=True)]
+        result = self.graphs[k]() if cuda else self._pass(k)
+        elapsed_s = time.perf_counter() - t0
+        if cuda:
+            result = torch.empty_like(result, device="cpu", pin_memory=True).copy_(result, non_blocking=True)
+            ended.record()
 
-    def _pass(
-        self, k: int, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """The next (before, last, position), each (B,), and (B, k + 2): kept, the guesses, the token after."""
+        def wait() -> tuple[list[int], list[list[int]], float]:
+            if cuda:
+                ended.synchronize()
+            kept, *new = result.T.tolist()
+            seconds = begun.elapsed_time(ended) / 1e3 if cuda else elapsed_s
+            return kept, [list(row) for row in zip(*new, strict=True)], seconds
+
+        return wait
+
+    def _pass(self, k: int) -> torch.Tensor:
+        """Move on from (before, last, position). Returns (B, k + 2): kept, the guesses, the token after."""
+        before, last, position = self.before, self.last, self.position
         exponential, uniform = self.noise[k]
         idx = last[:, None]
         if k:
-            guesses, q = self.draft.guess(before, last, position, exponential[:k], self.distribution)
+            guesses, evidence = self.draft.guess(before, last, position, exponential[:k], self.choice)
             idx = torch.cat((idx, guesses), 1)
-        p = self.distribution(self.target.forward(idx, position))
+        logits = self.target.forward(idx, position)
         if k:
-            kept, token = accept(p, q, guesses, uniform, exponential[k])
+            kept, token = judge(self.choice, logits, guesses, evidence, uniform, exponential[k])
         else:
-            kept, token = torch.zeros_like(last), (p[:, 0] / exponential[0]).argmax(-1)
+            kept, token = torch.zeros_like(last), self.choice.draw(logits[:, 0], exponential[0])[0]
         self.draft.keep(position, idx[:, 1:], kept, token)
-        before = idx.gather(1, kept[:, None])[:, 0]
-        return before, token, position + kept + 1, torch.cat((kept[:, None], idx[:, 1:], token[:, None]), 1)
+        result = torch.cat((kept[:, None], idx[:, 1:], token[:, None]), 1)
+        before.copy_(idx.gather(1, kept[:, None])[:, 0])
+        last.copy_(token)
+        position.add_(kept + 1)
+        return result

@@ -562,7 +562,8 @@ def _first_largest(values, where, V):
 def _accept(
     p, p_log_sum, p_largest, q, q_log_sum, guesses, uniform, noise, kept_out, token_out,
     k, p_batch, p_row, q_batch, q_row, inverse_temperature,
-    V: tl.constexpr, GREEDY: tl.constexpr, SURE: tl.constexpr, GUESSES: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+    V: tl.constexpr, GREEDY: tl.constexpr, SURE: tl.constexpr, GUESSES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, GUESSES)
