@@ -500,9 +500,9 @@ def train(
             )
             t0, tokens_since, data_wait_s = time.perf_counter(), 0, 0.0
 
-        # Validate.
+        # Validate; but who asks a run to stop does not wait for long.
         t_pause = time.perf_counter()
-        validated = bool(val_sets or score_tasks) and (step % args.eval_interval == 0 or done)
+        validated = bool(val_sets or score_tasks) and not interrupted and (step % args.eval_interval == 0 or done)
         if validated:
             watch.doing("validating", step)
             tokens = step * args.global_batch_tokens

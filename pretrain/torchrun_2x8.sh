@@ -6,6 +6,8 @@
 # `fabric run --devices=8 --num-nodes=2 --node-rank=N --main-address=HOST pretrain/tinyllama.py ...` does the same.
 set -euo pipefail
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+# When torchrun is asked to stop, its processes have this many seconds to write a checkpoint (30 without).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # If a rank dies all are started again, up to 20 times, from the newest checkpoint.
 exec torchrun --nnodes="${NODES:-2}" --nproc-per-node="${GPUS:-8}" --node-rank="${NODE_RANK:-0}" \
     --master-addr="${MAIN_ADDRESS:-127.0.0.1}" --master-port="${MAIN_PORT:-29500}" --max-restarts="${RESTARTS:-20}" \
