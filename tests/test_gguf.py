@@ -8,14 +8,17 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import gguf
+import jinja2
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lit_gpt import MODELS, Config, pretrained
+from lit_gpt.chat_template import TEMPLATES
 from lit_gpt.generate import stream
 from lit_gpt.gguf_file import DTYPES, half_split, heads, interleaved, read_gguf, rounding, storage, write_gguf
 from lit_gpt.hf import same_bits
@@ -352,6 +355,34 @@ def test_a_larger_real_model_writes_the_same_in_llama_cpp(llama_cpp, smollm2, tm
     rounded = Pretrained(tmp_path, found.config, read_gguf(tmp_path / "x.gguf", found.config))
     prompt = Tokenizer(found.tokenizer).encode("Once upon a time", bos=False, eos=False)
     assert greedy(llama_cpp, tmp_path / "x.gguf", prompt, 200) == list(stream(load_model(rounded), prompt, 200))
+
+
+GO = """package main
+
+import ("encoding/json"; "os"; "text/template")
+
+func main() {
+	var data map[string]any
+	if err := json.Unmarshal([]byte(os.Args[2]), &data); err != nil { panic(err) }
+	if err := template.Must(template.New("").Parse(os.Args[1])).Execute(os.Stdout, data); err != nil { panic(err) }
+}
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("go") is None, reason="needs go")
+def test_the_template_for_ollama_says_what_ours_says(tmp_path):
+    modelfile = (ROOT / "PRETRAIN.md").read_text(encoding="utf-8").split("FROM ./tinyllama-q4_0.gguf\n")[1]
+    template = modelfile.split('TEMPLATE """')[1].split('"""')[0]
+    (tmp_path / "main.go").write_text(GO)
+    said = [("system", "Be brief."), ("user", "Who?"), ("assistant", "A llama."), ("user", "Why <b>&</b>?")]
+    for messages in (said, said[1:], said[1:2]):
+        data = json.dumps({"Messages": [{"Role": role, "Content": content} for role, content in messages]})
+        command = ["go", "run", str(tmp_path / "main.go"), template, data]
+        rendered = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        messages = [{"role": role, "content": content} for role, content in messages]
+        ours = jinja2.Template(TEMPLATES["zephyr"])
+        assert rendered == ours.render(messages=messages, eos_token="</s>", add_generation_prompt=True)
 
 
 def greedy(llama_cpp, path, prompt: list[int], n: int) -> list[int]:
