@@ -362,7 +362,7 @@ def _in_gigatoken(tokenizer: Tokenizer):
 
     made_of = f"{tokenizer.sha256} {importlib.metadata.version('gigatoken')}".encode() + Path(__file__).read_bytes()
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "lit_gpt")
-    path = cache / f"{tokenizer.name}-{hashlib.sha256(made_of).hexdigest()[:16]}.json"
+    path = cache / f"tokenizer-{hashlib.sha256(made_of).hexdigest()[:16]}.json"
     try:
         checksum, _, content = path.read_bytes().partition(b"\n")
     except OSError:

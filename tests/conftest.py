@@ -32,6 +32,12 @@ def shared_data() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def tokenizer_cache(tmp_path_factory, monkeypatch) -> None:
+    """Converted tokenizers are kept in a folder of this session, not in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
     """A real model of 135M parameters as a Hugging Face folder, made from a download; without one the test skips."""

@@ -21,14 +21,10 @@ from lit_gpt.shards import HEADER_SIZE, read_header, read_manifest
 from lit_gpt.text_sources import Fields, Filter
 from lit_gpt.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("tokenizer_cache")
 ROOT = Path(__file__).parent.parent
 FIELDS = Fields("text", (Filter.parse("meta.redpajama_set_name!=RedPajamaGithub"),), "meta.redpajama_set_name")
 PATTERNS = ["train/*/*.jsonl.zst"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,15 @@ import zstandard
 from lit_gpt.prepare import PrepareArgs, prepare
 from lit_gpt.shards import HEADER_SIZE, read_header
 from lit_gpt.text_sources import ANY_TEXT, Fields, Filter, open_source
-from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.tokenizer import SEPARATOR, Tokenizer
 
+pytestmark = pytest.mark.usefixtures("tokenizer_cache")
 FILES = 1000
 FIELDS = Fields("text", (Filter.parse("meta.set!=no"),), "meta.set")
 PIECES = [
     *("<s>", "</s>", "<unk>", "▁", "▁▁", "<0x0A>", "你好世界", "こんにちは", "😀👩\u200d👧", "é", "e\u0301", "\u00a0"),
     *("\ufeff", " " * 70, "\t" * 40, "\n" * 30, "\r\n", " ", "\x00", "\x7f", "\\", '"', "/", "\U0010ffff"),
-    *("def f(x):", "the fox", "12345"),
+    *("def f(x):", "the fox", "12345", SEPARATOR),
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lit_gpt import tokenizer as tokenizer_module
 from lit_gpt.tokenizer import SEPARATOR, TORTURE, BatchEncoder, Tokenizer
 
+pytestmark = pytest.mark.usefixtures("tokenizer_cache")
 ROOT = Path(__file__).parent.parent
 TEXT = ["The quick brown fox jumps over the lazy dog. ", "def f(x):\n    return x + 12345\n", "naïve café, Привет"] * 40
 
@@ -30,11 +31,6 @@ def tiktoken_ranks() -> bytes:
     return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="session", params=["sentencepiece", "tokenizers", "tiktoken"])
 def tokenizer(request, tmp_path_factory) -> Tokenizer:
     folder = tmp_path_factory.mktemp(request.param)
@@ -50,8 +46,10 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def encoder(tokenizer) -> BatchEncoder:
-    encoder = BatchEncoder(tokenizer, "gigatoken")
+def encoder(tokenizer, tmp_path_factory) -> BatchEncoder:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        encoder = BatchEncoder(tokenizer, "gigatoken")
     assert encoder.engine == "gigatoken" and encoder.why_slow is None
     return encoder
 
