@@ -26,6 +26,9 @@ class Metrics:
         Args:
             resume_step: rows of later steps, which the run is about to repeat, are dropped. 0 starts a new file.
             logger: "csv", "wandb" or "tensorboard"; the file is written in every case.
+
+        Raises:
+            ImportError: the logger is not installed.
         """
         self.path = run_dir / "metrics.csv"
         rows, fields = [], list(FIELDS)
@@ -38,14 +41,19 @@ class Metrics:
         self._write(fields, rows)
         self._wandb = self._tensorboard = None
         if logger == "wandb":
-            import wandb
-
+            try:
+                import wandb
+            except ImportError as e:
+                raise ImportError("--logger wandb needs a package: pip install wandb") from e
+            name = run_dir.name
             self._wandb = wandb.init(
-                project="tinyllama", name=run_dir.name, id=run_dir.name, resume="allow", config=hparams
+                project="tinyllama", name=name, id=name, resume="allow", dir=run_dir, config=hparams
             )
         elif logger == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as e:
+                raise ImportError("--logger tensorboard needs a package: pip install tensorboard") from e
             self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=resume_step + 1)
 
     def _write(self, fields: list[str], rows: list[dict]) -> None:

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from lit_gpt.metrics import Metrics, plot_loss, read_metrics
@@ -55,3 +57,38 @@ def test_what_a_killed_run_left_is_taken_as_far_as_it_goes(tmp_path, left):
     metrics.close()
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv")] == ([1, 6] if left else [6])
     assert [f.name for f in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
+def test_a_logger_that_is_not_installed_says_how_to(tmp_path, monkeypatch, logger):
+    monkeypatch.setitem(sys.modules, logger, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(ImportError, match=f"--logger {logger} needs a package: pip install {logger}"):
+        Metrics(tmp_path, resume_step=0, logger=logger)
+
+
+class Wandb:
+    """What a run tells W&B, without its server."""
+
+    def __init__(self) -> None:
+        self.rows, self.started = [], {}
+
+    def init(self, **how):
+        self.started = how
+        return self
+
+    def log(self, values, step):
+        self.rows.append((step, values))
+
+    def finish(self):
+        self.rows.append("the end")
+
+
+def test_wandb_gets_every_row_and_the_hyperparameters(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    (tmp_path / "a").mkdir()
+    metrics = Metrics(tmp_path / "a", resume_step=0, logger="wandb", hparams={"seed": 1})
+    metrics.log(1, loss=2.0)
+    metrics.close()
+    assert wandb.rows == [(1, {"loss": 2.0}), "the end"]
+    assert wandb.started["id"] == "a" and wandb.started["resume"] == "allow" and wandb.started["config"] == {"seed": 1}
