@@ -105,7 +105,8 @@ def decode(
 
 
 def build(c: Config, kernels: str, device: torch.device, dtype: torch.dtype) -> GPT:
-    selected = select_kernels(kernels, device=device, dtype=dtype, heads=(c.n_head, c.n_query_groups, c.head_size))
+    heads = (c.n_head, c.n_query_groups, c.head_size)
+    selected = select_kernels(kernels, device=device, dtype=dtype, heads=heads, training=False)
     with device:
         network = GPT(c, selected)
     network.init_weights(1)

@@ -91,7 +91,7 @@ def main(
         raise ValueError("--logprobs and --repetition_penalty do not go together with --draft_dir or --prompt_lookup")
     c = found.config
     heads = (c.n_head, c.n_query_groups, c.head_size)
-    kernels = select_kernels("auto", device=torch.device(device), dtype=dtype, heads=heads)
+    kernels = select_kernels("auto", device=torch.device(device), dtype=dtype, heads=heads, training=False)
     model = load_model(found, kernels, device, dtype)
     if int8:
         quantize_int8(model)

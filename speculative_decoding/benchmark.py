@@ -78,7 +78,7 @@ def main(
 
     c = found.config
     heads = (c.n_head, c.n_query_groups, c.head_size)
-    kernels = select_kernels("auto", device=torch.device(device), dtype=dtype, heads=heads)
+    kernels = select_kernels("auto", device=torch.device(device), dtype=dtype, heads=heads, training=False)
     target = load_model(found, kernels, device, dtype)
     if int8:
         quantize_int8(target)

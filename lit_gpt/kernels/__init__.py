@@ -63,6 +63,7 @@ def select_kernels(
     dtype: torch.dtype,
     heads: tuple[int, int, int] = (4, 2, 64),
     fp8: bool = False,
+    training: bool = True,
 ) -> Kernels:
     """The backends named, or for `auto` the fastest that work on this device and dtype.
 
@@ -74,6 +75,7 @@ def select_kernels(
         heads: query heads, key/value heads and head size, for which attention must work. Packages that compile their
             kernels do so here: give the model's own, or they will again at the first step.
         fp8: the model will train in fp8, which has a SwiGLU of its own (kernels/fp8.py): `auto` does without quack.
+        training: False leaves out of `auto` what is compiled for half a minute and pays over many steps only.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run on this device and dtype.
@@ -95,8 +97,8 @@ def select_kernels(
     from lit_gpt.kernels.precompile import precompile  # here, since it is also run as a program
 
     # By measurement on an H100.
-    rest_order = ("triton", "torch") if fp8 else ("quack", "triton", "torch")
-    order = ("fa4", "cudnn", "fa2", "flash", "torch")
+    rest_order = ("quack", "triton", "torch") if training and not fp8 else ("triton", "torch")
+    order = ("fa4", "cudnn", "fa2", "flash", "torch")[0 if training else 1 :]
     first = [
         order[0] if attention_name == "auto" else attention_name,
         rest_order[0] if rest_name == "auto" else rest_name,
