@@ -23,6 +23,8 @@ from lit_gpt.model import GPT, KVCache, Linear
 
 PREFILL_TOKENS = 16384
 """Tokens of all rows that go through the model at once, while it reads prompts."""
+GRAPHED_PROMPT_TOKENS = 1024
+"""Up to so many, launching the kernels takes longer than running them: prompts of a length seen before are a graph."""
 
 
 class Decoder:
@@ -35,6 +37,7 @@ class Decoder:
         dtype = compute(model.transformer.wte.weight).dtype
         self.cache = KVCache(c, batch_size, length, self.device, dtype)
         self._graphs: dict[int, Graph] = {}
+        self._prompt_graphs: dict[int, Graph | None] = {}
         self._weights = weights_of(model)
         self._fused = None
         if self.device.type == "cuda" and model.kernels.decode is not None and fits_fused(model):
@@ -52,31 +55,48 @@ class Decoder:
         Args:
             copies: rows that go on from each prompt, next to each other: B is len(prompts) · copies.
         """
-        model, device = self.model, self.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        longest = max(map(len, prompts))
-        cache = self.cache if copies == 1 else KVCache(model.config, len(prompts), longest, device, self.cache.k.dtype)
+        model, device, B = self.model, self.device, len(prompts)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        width = longest = int(lengths.max())
+        graphed = copies == 1 and device.type == "cuda" and B * longest <= GRAPHED_PROMPT_TOKENS
+        if graphed:
+            width = min(-(-longest // 64) * 64, self.length)
+        cache = self.cache if copies == 1 else KVCache(model.config, B, longest, device, self.cache.k.dtype)
         # Shorter prompts are padded on the right. What padding leaves in the cache lies after a row's own position,
         # where no query looks, and is overwritten before the row gets there.
-        idx = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        idx = torch.zeros(B, width, dtype=torch.int64)
         for row, prompt in zip(idx, prompts, strict=True):
             row[: len(prompt)] = torch.as_tensor(prompt)
-        idx = idx.to(device)
-        logits = torch.empty(len(prompts), model.config.vocab_size, device=device, dtype=cache.k.dtype)
-        chunk = max(1, PREFILL_TOKENS // len(prompts))
+        idx, last = idx.to(device), (torch.arange(B) * width + lengths - 1).to(device)
+        if graphed and width in self._prompt_graphs:
+            if self._prompt_graphs[width] is None:
+                self._prompt_graphs[width] = Graph(self._read, idx, last)
+            return self._prompt_graphs[width](idx, last)
+        if graphed:
+            self._prompt_graphs[width] = None  # worth a graph when it comes again
+            return self._read(idx, last)
+        logits = torch.empty(B, model.config.vocab_size, device=device, dtype=cache.k.dtype)
+        chunk = max(1, PREFILL_TOKENS // B)
         for start in range(0, longest, chunk):
             part = idx[:, start : start + chunk]
             T = part.size(1)
             ends = ((lengths > start) & (lengths <= start + T)).nonzero()[:, 0]  # rows that end in this chunk
             last = ends * T + lengths[ends] - 1 - start
             positions = torch.arange(start, start + T, device=device)
-            logits[ends] = model(part, cache=cache, positions=positions, logits_at=last)[:, : logits.size(1)]
+            found = model(part, cache=cache, positions=positions, logits_at=last.to(device))
+            logits[ends.to(device)] = found[:, : logits.size(1)]
         if copies > 1:
             for mine, read in ((self.cache.k, cache.k), (self.cache.v, cache.v)):
                 # (layers, B, S, G, D), seen as (layers, prompts, copies, S, G, D)
-                mine.unflatten(1, (len(prompts), copies))[:, :, :, :longest] = read[:, :, None]
+                mine.unflatten(1, (B, copies))[:, :, :, :longest] = read[:, :, None]
             logits = logits.repeat_interleave(copies, 0)
         return logits
+
+    def _read(self, idx: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Read prompts idx (B, T) into the cache. Returns the logits (B, V) at `last` of the tokens laid end to end."""
+        positions = torch.arange(idx.size(1), device=idx.device)
+        logits = self.model(idx, cache=self.cache, positions=positions, logits_at=last)
+        return logits[:, : self.model.config.vocab_size]
 
     @torch.inference_mode()
     def step(self, idx: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
