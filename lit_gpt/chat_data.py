@@ -219,8 +219,6 @@ class ChatBatch(NamedTuple):
     """(B, T) int64: the next token where it is the assistant's, else IGNORE_INDEX"""
     cu_seqlens: torch.Tensor
     """(conversations + 1,) int32: where each begins in the B·T tokens; the padding of a row counts as one"""
-    tokens: torch.Tensor
-    """() int64: how many of the B·T are not padding"""
 
 
 class PackedRows:
@@ -232,6 +230,10 @@ class PackedRows:
         self.trained = [torch.tensor(e.trained) for e in examples]
         # The last token of a conversation is only a target, so one of block_size + 1 fits.
         self.rows = best_fit([len(ids) - 1 for ids in self.ids], block_size)
+        self.tokens = [sum(len(self.ids[e]) - 1 for e in row) for row in self.rows]
+        """Of each row, without its padding."""
+        self.targets = [sum(int(self.trained[e][1:].sum()) for e in row) for row in self.rows]
+        """Of each row, those that are trained on."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -240,7 +242,7 @@ class PackedRows:
         """The batch of these rows; None is a row of padding, which evens out a last batch."""
         idx = torch.zeros(len(indices), self.block_size, dtype=torch.int64)
         targets = torch.full_like(idx, IGNORE_INDEX)
-        begins, n_tokens = [], 0
+        begins = []
         for row, i in enumerate(indices):
             begin = 0
             for ids, trained in ((self.ids[e], self.trained[e]) for e in (() if i is None else self.rows[i])):
@@ -249,11 +251,10 @@ class PackedRows:
                 targets[row, begin:end] = ids[1:].masked_fill(~trained[1:], IGNORE_INDEX)
                 begins.append(row * self.block_size + begin)
                 begin = end
-            n_tokens += begin
             if begin < self.block_size:
                 begins.append(row * self.block_size + begin)
         cu_seqlens = torch.tensor([*begins, idx.numel()], dtype=torch.int32)
-        return ChatBatch(idx, targets, cu_seqlens, torch.tensor(n_tokens))
+        return ChatBatch(idx, targets, cu_seqlens)
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

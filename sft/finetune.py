@@ -34,7 +34,7 @@ from lit_gpt.hf import export
 from lit_gpt.hf_tokenizer import export_tokenizer, starts_with_bos
 from lit_gpt.hub import local_folder
 from lit_gpt.interrupt import Interrupt
-from lit_gpt.kernels import IGNORE_INDEX, select_kernels
+from lit_gpt.kernels import select_kernels
 from lit_gpt.lora import add_lora, merge, write_adapters
 from lit_gpt.metrics import Metrics, plot_loss
 from lit_gpt.model import GPT
@@ -282,18 +282,14 @@ def train(
     t0 = time.perf_counter()
     model.train()
 
+    upcoming = fetch(fabric, rows, step, batch_rows, args)
     while step < last_step:
-        # Fetch the whole step, so that its trained tokens are known before the first backward.
-        micro_batches = list(batches_of_step(rows, step, batch_rows, args, fabric))
-        counts = torch.stack([torch.stack(((b.targets != IGNORE_INDEX).sum(), b.tokens)) for b in micro_batches])
-        counts = fabric.all_reduce(counts.sum(0).to(fabric.device), reduce_op="sum")
-        n_trained, n_tokens = counts.tolist()
+        micro_batches, n_trained, n_tokens = upcoming
 
         # Forward and backward. The gradient is that of the sum over all ranks' trained tokens, divided once by their
         # number; it is averaged over ranks, hence x world_size.
         loss_sum = torch.zeros((), device=fabric.device)
         for i, batch in enumerate(micro_batches):
-            batch = ChatBatch(*fabric.to_device(tuple(batch)))
             if noise is not None:
                 noise.prepare(batch, seed=(args.seed, step, i, fabric.global_rank))
             with fabric.no_backward_sync(model, enabled=i < len(micro_batches) - 1):
@@ -306,6 +302,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
         grad_norm = clip_and_step(optimizer, args.grad_clip)
+        upcoming = fetch(fabric, rows, step + 1, batch_rows, args)  # while the device computes
         asked = torch.tensor(float(interrupt.requested), device=fabric.device)
         loss_sum, asked = fabric.all_reduce(torch.stack((loss_sum, asked)), reduce_op="sum").tolist()
         loss, grad_norm, interrupted = loss_sum / n_trained, grad_norm.item(), asked > 0
@@ -363,19 +360,31 @@ def train(
     return step == max_steps
 
 
-def batches_of_step(
-    rows: PackedRows, step: int, batch_rows: int, args: FinetuneArgs, fabric: Fabric
-) -> Iterator[ChatBatch]:
-    """This rank's micro-batches of a step: a function of seed and step alone, so a resume needs no other position."""
+def fetch(
+    fabric: Fabric, rows: PackedRows, step: int, batch_rows: int, args: FinetuneArgs
+) -> tuple[list[ChatBatch], int, int]:
+    """This rank's micro-batches of a step, and how many targets and tokens all ranks have in it: a function of seed and
+    step alone, so a resume needs no other position."""
     steps_an_epoch = math.ceil(len(rows) / batch_rows)
     epoch, place = divmod(step, steps_an_epoch)
     order = np.random.default_rng((args.seed, epoch)).permutation(len(rows))
-    mine = order[place * batch_rows : (place + 1) * batch_rows].tolist()  # fewer at the end of an epoch
-    together = args.micro_batch_size * fabric.world_size
-    mine += [None] * (-len(mine) % together)
-    for begin in range(0, len(mine), together):
-        first = begin + fabric.global_rank * args.micro_batch_size
-        yield rows.batch(mine[first : first + args.micro_batch_size])
+    indices = order[place * batch_rows : (place + 1) * batch_rows].tolist()  # fewer at the end of an epoch
+    n_targets, n_tokens = (sum(counts[i] for i in indices) for counts in (rows.targets, rows.tokens))
+    return list(micro_batches_of(fabric, rows, indices, args.micro_batch_size)), n_targets, n_tokens
+
+
+def micro_batches_of(
+    fabric: Fabric, rows: PackedRows, indices: list[int], micro_batch_size: int
+) -> Iterator[ChatBatch]:
+    """This rank's share of these rows, on its device; every rank has as many, with rows of padding at the end."""
+    together = micro_batch_size * fabric.world_size
+    indices = [*indices, *[None] * (-len(indices) % together)]
+    for begin in range(0, len(indices), together):
+        first = begin + fabric.global_rank * micro_batch_size
+        batch = rows.batch(indices[first : first + micro_batch_size])
+        if fabric.device.type == "cuda":  # a copy out of pinned memory waits for nothing
+            batch = [tensor.pin_memory() for tensor in batch]
+        yield ChatBatch(*fabric.to_device(tuple(batch)))
 
 
 def learning_rate(args: FinetuneArgs, step: int, max_steps: int) -> float:
@@ -389,17 +398,11 @@ def learning_rate(args: FinetuneArgs, step: int, max_steps: int) -> float:
 def validate(fabric: Fabric, model: torch.nn.Module, rows: PackedRows, micro_batch_size: int) -> float:
     """Mean loss in nats over every trained token of the rows, summed over ranks."""
     model.eval()
-    total = torch.zeros(2, device=fabric.device, dtype=torch.float64)  # loss, tokens
-    together = micro_batch_size * fabric.world_size
-    indices = [*range(len(rows)), *[None] * (-len(rows) % together)]
-    for begin in range(0, len(indices), together):
-        first = begin + fabric.global_rank * micro_batch_size
-        batch = ChatBatch(*fabric.to_device(tuple(rows.batch(indices[first : first + micro_batch_size]))))
-        loss = model(batch.idx, batch.targets, cu_seqlens=batch.cu_seqlens)
-        total += torch.stack((loss.double(), (batch.targets != IGNORE_INDEX).sum()))
+    total = torch.zeros((), device=fabric.device, dtype=torch.float64)
+    for batch in micro_batches_of(fabric, rows, list(range(len(rows))), micro_batch_size):
+        total += model(batch.idx, batch.targets, cu_seqlens=batch.cu_seqlens)
     model.train()
-    loss, n = fabric.all_reduce(total, reduce_op="sum").tolist()
-    return loss / n
+    return fabric.all_reduce(total, reduce_op="sum").item() / sum(rows.targets)
 
 
 @torch.no_grad()
