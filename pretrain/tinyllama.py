@@ -520,6 +520,8 @@ def train(
                 row |= {f"eval/{task}": value for task, value in task_scores.items()}
                 said = ", ".join(f"{task} {100 * value:.1f}" for task, value in task_scores.items())
                 report(f"step {step}: {said} (%, in {time.perf_counter() - t_score:.1f} s)")
+            if fsdp:
+                weights.reshard()  # a forward without a backward leaves embedding and head gathered
             if metrics:
                 with despite_a_full_disk():
                     metrics.log(step, tokens=tokens, **row)

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # The server imports once and forks; unlike a fork of pytest itself it has no threads that a fork would break.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch.distributed.checkpoint", "lightning_fabric"])
+context.set_forkserver_preload(["torch.distributed.checkpoint", "lightning_fabric", "matplotlib.pyplot"])
 
 
 def free_port() -> int:

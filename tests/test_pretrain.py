@@ -85,6 +85,18 @@ def runs(flags: dict, changes: list[dict]) -> None:
         tinyllama.main(tinyllama.TrainArgs(**{**flags, **more}))
 
 
+def nan_on_rank_1(flags: dict) -> None:
+    forward, calls = GPT.forward, []
+
+    def poisoned(self, idx, targets=None, **kw):
+        calls.append(0)
+        out = forward(self, idx, targets, **kw)
+        return out * float("nan") if os.environ["RANK"] == "1" and len(calls) == 5 else out  # in step 3, of 2 each
+
+    GPT.forward = poisoned
+    runs(flags, [dict(save_interval=1, keep_checkpoints=0, max_steps=4)])
+
+
 def tokenizer(sha256: str) -> dict:
     return {"name": "test", "sha256": sha256, "vocab_size": 128, "bos_id": 1, "eos_id": 2}
 
@@ -349,8 +361,10 @@ class TestInOneProcess:
 class TestInSeveralProcesses:
     @pytest.mark.filterwarnings("ignore:.*no manifest")
     def test_any_number_of_processes_gives_the_same_losses_and_resumes_any_other(self, flags):
-        flags = dict(flags, val_data_dir=None)
-        one = losses(train(flags))
+        # Validation is where checkpoints are saved, too; of 4 ranks with micro-batches of 4, two have none for it.
+        flags = dict(flags, eval_interval=6, eval_sequences=7)
+        one = losses(run_dir := train(flags))
+        val_losses = [row["val_loss"] for row in read_metrics(run_dir / "metrics.csv") if "val_loss" in row]
         mixed = dict(name="mixed", resume="auto")
         fsdp, grid = dict(name="fsdp", sharding="fsdp"), dict(name="grid", shard_devices=2)
         run_ranks(2, runs, flags, [dict(name="two"), fsdp, dict(mixed, stop_at_step=2)])
@@ -359,6 +373,18 @@ class TestInSeveralProcesses:
         run_ranks(2, runs, flags, [mixed])
         for name in ("two", "four", "fsdp", "grid", "mixed"):
             assert losses(flags["out_dir"] / name) == pytest.approx(one, rel=1e-6), name
+            rows = read_metrics(flags["out_dir"] / name / "metrics.csv")
+            by_step = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+            assert [by_step[step] for step in (6, 8)] == pytest.approx(val_losses, rel=1e-6), name
+
+    @pytest.mark.filterwarnings("ignore:.*no manifest")
+    def test_what_is_not_finite_on_one_rank_is_left_out_by_all(self, flags):
+        flags = dict(flags, val_data_dir=None, nonfinite="skip", name="two")
+        run_ranks(2, nan_on_rank_1, flags)
+        run_dir = flags["out_dir"] / "two"
+        assert [step for step, loss in losses(run_dir).items() if not loss == loss] == [3]
+        a, b, c = (checkpoint.load_weights(run_dir / f"step-0000000{i}")["lm_head.weight"] for i in (2, 3, 4))
+        assert torch.equal(a, b) and not torch.equal(b, c) and c.isfinite().all()
 
     @pytest.mark.parametrize(
         "launcher",
