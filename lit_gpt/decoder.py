@@ -111,20 +111,22 @@ class Decoder:
             self._graphs[T] = Graph(self.forward, idx, position)
         return self._graphs[T](idx, position)
 
-    def forward(self, idx: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """As `step`, without a graph of its own: to be part of a larger one."""
-        positions = position[:, None] + torch.arange(idx.size(1), device=idx.device)  # (B, T)
-        forward = self.model
+    def forward(self, idx: torch.Tensor, position: torch.Tensor, ahead: int = 0) -> torch.Tensor:
+        """As `step`, without a graph of its own: to be part of a larger one. The tokens are at position + ahead, ..."""
         if self._fused is not None and idx.numel() <= self._fused.MAX_ROWS:
-            forward = self._fused_forward
-        return forward(idx, cache=self.cache, positions=positions)[..., : self.model.config.vocab_size]
+            logits = self._fused_forward(idx, position, ahead)
+        else:
+            positions = position[:, None] + ahead + torch.arange(idx.size(1), device=idx.device)  # (B, T)
+            logits = self.model(idx, cache=self.cache, positions=positions)
+        return logits[..., : self.model.config.vocab_size]
 
-    def _fused_forward(self, idx: torch.Tensor, cache: KVCache, positions: torch.Tensor) -> torch.Tensor:
+    def _fused_forward(self, idx: torch.Tensor, position: torch.Tensor, ahead: int) -> torch.Tensor:
         """As GPT.forward for a Llama model, with the norms, SwiGLU and the additions inside the matrix products."""
-        model, kernels = self.model, self._fused
+        model, kernels, cache = self.model, self._fused, self.cache
         c = model.config
-        cos, sin = (table[positions] for table in model.rope(idx.device, cache.k.size(2)))
-        x = F.embedding(idx.flatten(), compute(model.transformer.wte.weight))  # (M, C): the residual stream
+        tables = model.rope(idx.device, cache.k.size(2))
+        embedding = compute(model.transformer.wte.weight)
+        x, positions, cos, sin = kernels.begin(idx, position, ahead, embedding, *tables)  # x: the residual stream
         for i, block in enumerate(model.transformer.h):
             norm_1, norm_2, attn, mlp = block.norm_1, block.norm_2, block.attn, block.mlp
             qkv = kernels.linear(x, *matrix(attn.attn), norm=norm_1.weight, eps=norm_1.eps)

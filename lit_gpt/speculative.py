@@ -131,16 +131,16 @@ class ModelDraft:
             position: (B,) of the last.
             noise: (k, B, V) to draw with.
         """
-        idx, position = torch.stack((before, last), 1), position - 1
+        idx = torch.stack((before, last), 1)
         guesses, evidence = [], []
-        for clock in noise:
-            logits = self.decoder.forward(self._known(idx), position)[:, -1, : self.vocab_size]
+        for i, clock in enumerate(noise):
+            ahead = i if i else -1
+            logits = self.decoder.forward(self._known(idx), position, ahead)[:, -1, : self.vocab_size]
             if logits.size(1) < self.vocab_size:  # what it does not know it never guesses
                 logits = F.pad(logits, (0, self.vocab_size - logits.size(1)), value=-torch.inf)
             guess, why = choice.draw(logits, clock)
             guesses.append(guess)
             evidence.append(why)
-            position = position + idx.size(1)
             idx = guess[:, None]
         return torch.stack(guesses, 1), evidence
 

@@ -97,6 +97,16 @@ def test_cached_attention(decode, B, T, H, G, D, rotary, S, lengths, dtype):
     assert not caches[0].arrivals.any()
 
 
+@DTYPES
+def test_begin(decode, dtype):
+    idx, position = torch.tensor([[3, 0, 8], [5, 5, 1]], device=DEVICE), torch.tensor([2, 7], device=DEVICE)
+    embedding, tables = randn(9, 20, dtype=dtype), (randn(12, 4), randn(12, 4, seed=1))
+    x, positions, cos, sin = decode.begin(idx, position, 1, embedding, *tables)
+    assert positions.tolist() == [[3, 4, 5], [8, 9, 10]]
+    assert torch.equal(x, embedding[idx.flatten()])
+    assert torch.equal(cos, tables[0][positions]) and torch.equal(sin, tables[1][positions])
+
+
 def test_draw_equals_the_first_of_the_largest(decode):
     logits = randn(3, 130)[:, :100]  # rows that are not next to each other
     logits[0, 40] = logits[0, 70] = 9

@@ -303,6 +303,53 @@ def _both(a, b, SLICES: tl.constexpr, BLOCKS: tl.constexpr, L: tl.constexpr):
     return tl.reshape(tl.permute(both, (0, 3, 1, 2)), (SLICES, 16, BLOCKS * 4 * L))
 
 
+# --- before the first layer ------------------------------------------------------------------------------------------
+
+
+def begin(
+    idx: torch.Tensor, position: torch.Tensor, ahead: int, embedding: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What the layers need of the tokens, in one launch.
+
+    Args:
+        idx: (B, T) int64; their first ones are at position + ahead, (B,) int64.
+        embedding: (V, C).
+        cos, sin: (positions, n) fp32, the rotary tables.
+
+    Returns:
+        (B·T, C) embeddings; (B, T) int64 positions; (B, T, n) cos and sin there.
+    """
+    B, T = idx.shape
+    n, device = cos.size(1), idx.device
+    x = torch.empty(B * T, embedding.size(1), dtype=embedding.dtype, device=device)
+    positions = torch.empty(B, T, dtype=torch.int64, device=device)
+    cos_here, sin_here = (torch.empty(B, T, n, dtype=cos.dtype, device=device) for _ in range(2))
+    assert all(t.is_contiguous() for t in (idx, position, embedding, cos, sin))
+    pdl = has_pdl(device)
+    _begin[(B * T,)](
+        idx, position, embedding, cos, sin, x, positions, cos_here, sin_here, ahead, T, C=x.size(1), HALF=n, PDL=pdl,
+        BLOCK=triton.next_power_of_2(max(x.size(1), n)), num_warps=4, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return x, positions, cos_here, sin_here
+
+
+@triton.jit
+def _begin(
+    idx, position, embedding, cos, sin, x, positions, cos_here, sin_here, ahead, T,
+    C: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    at = tl.load(position + row // T) + ahead + row % T
+    tl.store(positions + row, at)
+    tl.store(x + row * C + i, tl.load(embedding + tl.load(idx + row) * C + i, i < C), i < C)
+    tl.store(cos_here + row * HALF + i, tl.load(cos + at * HALF + i, i < HALF), i < HALF)
+    tl.store(sin_here + row * HALF + i, tl.load(sin + at * HALF + i, i < HALF), i < HALF)
+
+
 # --- attention over the cache ----------------------------------------------------------------------------------------
 
 
@@ -347,6 +394,8 @@ def cached_attention(
 
 def _splits(programs: int, rows: int, S: int) -> int:
     """In how many parts to read a cache of S, so that `programs` fill the GPU; joining many rows costs more."""
+    if rows > 16 and S <= 512:
+        return 1
     most, each = (16, 64) if rows == 16 else (8, 256)
     return max(1, min(132 // programs, triton.cdiv(S, each), most))
 
