@@ -368,7 +368,9 @@ class TestInSeveralProcesses:
         mixed = dict(name="mixed", resume="auto")
         fsdp, grid = dict(name="fsdp", sharding="fsdp"), dict(name="grid", shard_devices=2)
         run_ranks(2, runs, flags, [dict(name="two"), fsdp, dict(mixed, stop_at_step=2)])
-        run_ranks(4, runs, flags, [dict(name="four"), grid, dict(mixed, sharding="fsdp", stop_at_step=4)])
+        run_ranks(
+            4, runs, flags, [dict(name="four"), grid, dict(mixed, sharding="fsdp", shard_devices=2, stop_at_step=4)]
+        )
         train(flags, **mixed, stop_at_step=6)
         run_ranks(2, runs, flags, [mixed])
         for name in ("two", "four", "fsdp", "grid", "mixed"):
