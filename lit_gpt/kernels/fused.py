@@ -73,23 +73,24 @@ def norm_backward(
     # Each program walks over many rows and sums their gradient of the weight in registers.
     programs = min(n_rows, 4 * _multiprocessors(total.device))
     dx = torch.empty_like(total)
-    d_weight = torch.empty(programs, C, dtype=torch.float32, device=total.device)
+    parts = torch.empty(programs, C, dtype=torch.float32, device=total.device)
     _add_rms_norm_backward[(programs,)](
         total,
         weight,
         dy.contiguous(),
         dy if d_total is None else d_total.contiguous(),
         dx,
-        d_weight,
+        parts,
         n_rows,
         C,
         eps,
-        ROWS=triton.cdiv(n_rows, programs),
         ADD=d_total is not None,
         BLOCK=block,
         num_warps=_warps(block),
     )
-    return dx, d_weight.sum(0).to(weight.dtype)
+    d_weight = torch.empty_like(weight)
+    _sum_rows[(triton.cdiv(C, 16),)](parts, d_weight, C, N=programs, BLOCK_N=64, BLOCK_C=16, num_warps=8)
+    return dx, d_weight
 
 
 @triton.jit
@@ -110,20 +111,31 @@ def _add_rms_norm_forward(x, delta, weight, total, y, C, eps, ADD: tl.constexpr,
 
 @triton.jit
 def _add_rms_norm_backward(
-    total, weight, dy, d_total, dx, d_weight, n_rows, C, eps, ROWS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+    total, weight, dy, d_total, dx, d_weight, n_rows, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):
     # y = w x̂ with x̂ = r x:  dx = r (w dy - x̂ mean(w dy x̂)),  dw = Σ dy x̂
     c = tl.arange(0, BLOCK)
     w = tl.load(weight + c, c < C, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), tl.float32)
-    for k in range(ROWS):
-        i = tl.program_id(0) + k * tl.num_programs(0)
+    i = tl.program_id(0)
+    row = i.to(tl.int64) * C + c
+    inside = c < C
+    a_next = tl.load(total + row, inside, other=0.0)
+    g_next = tl.load(dy + row, inside, other=0.0)
+    if ADD:
+        e_next = tl.load(d_total + row, inside, other=0.0)
+    while i < n_rows:
+        here, a, g = row, a_next.to(tl.float32), g_next.to(tl.float32)
+        if ADD:
+            e = e_next.to(tl.float32)
+        # The next row is on its way while the sums over this one make all threads wait for each other.
+        i += tl.num_programs(0)
+        row = i.to(tl.int64) * C + c
         inside = (c < C) & (i < n_rows)
-        row = i.to(tl.int64) * C
-        a = tl.load(total + row + c, inside, other=0.0).to(tl.float32)
-        g = tl.load(dy + row + c, inside, other=0.0).to(tl.float32)
-        if ADD:  # before the reductions, which would hold it back
-            e = tl.load(d_total + row + c, inside, other=0.0).to(tl.float32)
+        a_next = tl.load(total + row, inside, other=0.0)
+        g_next = tl.load(dy + row, inside, other=0.0)
+        if ADD:
+            e_next = tl.load(d_total + row, inside, other=0.0)
         r = tl.rsqrt(tl.sum(a * a, 0) / C + eps)
         a *= r
         dw += g * a
@@ -131,8 +143,19 @@ def _add_rms_norm_backward(
         d = r * (g - a * (tl.sum(g * a, 0) / C))
         if ADD:
             d += e
-        tl.store(dx + row + c, d.to(dx.dtype.element_ty), inside)
+        tl.store(dx + here, d.to(dx.dtype.element_ty), c < C)
     tl.store(d_weight + tl.program_id(0) * C + c, dw, c < C)
+
+
+@triton.jit
+def _sum_rows(parts, out, C, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(N, C) -> (C,): few columns a program, since there are few rows."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for begin in range(0, N, BLOCK_N):
+        n = begin + tl.arange(0, BLOCK_N)
+        total += tl.load(parts + n[:, None] * C + c[None, :], (n < N)[:, None] & (c < C)[None, :], other=0.0)
+    tl.store(out + c, tl.sum(total, 0).to(out.dtype.element_ty), c < C)
 
 
 # --- rotary embedding, with the split of the fused projection --------------------------------------------------------
@@ -166,67 +189,62 @@ class _SplitRope(torch.autograd.Function):
 
 def _launch_split_rope(qkv, q, k, v, cos, sin, backward: bool) -> None:
     B, T, H, D = q.shape
-    G = k.size(2)
-    cos, sin = cos.contiguous(), sin.contiguous()
-    block_t = min(32, triton.next_power_of_2(B * T))
-    _split_rope[(triton.cdiv(B * T, block_t), G)](
+    G, half = k.size(2), cos.size(-1)
+    slots = H // G + 2
+    n_heads = B * T * G * slots
+    block = min(128, triton.next_power_of_2(n_heads))
+    _split_rope[(triton.cdiv(n_heads, block),)](
         qkv,
         q,
         k,
         v,
-        cos,
-        sin,
-        B * T,
-        cos.numel() // cos.size(-1),  # rows of the tables: T, or B T
-        G,
-        D,
+        cos.contiguous(),
+        sin.contiguous(),
+        n_heads,
+        cos.numel() // half,  # rows of the tables: T, or B T
+        G=G,
+        D=D,
         QUERIES=H // G,
-        HALF=cos.size(-1),
+        HALF=half,
         BACKWARD=backward,
-        BLOCK_T=block_t,
-        BLOCK_D=triton.next_power_of_2(D),
+        BLOCK_N=block,
+        BLOCK_H=triton.next_power_of_2(half),
+        REST=triton.next_power_of_2(D - 2 * half) if D > 2 * half else 0,
     )
 
 
 @triton.jit
 def _split_rope(
-    qkv, q, k, v, cos, sin, N, table_rows, G, D,
-    QUERIES: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    qkv, q, k, v, cos, sin, n_heads, table_rows,
+    G: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens of one group: its queries and its key are rotated, its value is moved. The backward goes the
-    other way, and rotates by the negative angle."""
-    n = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    group = tl.program_id(1)
-    d = tl.arange(0, BLOCK_D)
-    inside = (n < N)[:, None] & (d < D)[None, :]
-    rotates = inside & (d < 2 * HALF)[None, :]
-    table = (n % table_rows)[:, None] * HALF + (d % HALF)[None, :]
-    c = tl.load(cos + table, rotates, other=1.0)
-    s = tl.load(sin + table, rotates, other=0.0)
-    s = tl.where((d < HALF)[None, :], -s, s)
+    """Some heads of the fused projection, one after the other: queries, a key, a value, the next group's queries, ...
+    Queries and keys are rotated, values moved. The backward goes the other way, and rotates by the negative angle."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = (n // (QUERIES + 2)).to(tl.int64)  # of all tokens
+    slot = n % (QUERIES + 2)
+    d = tl.arange(0, BLOCK_H)[None, :]
+    inside = (n < n_heads)[:, None] & (d < HALF)
+    rotates = inside & (slot <= QUERIES)[:, None]
+    angle = ((group // G) % table_rows)[:, None] * HALF + d
+    c = tl.load(cos + angle, rotates, other=1.0)
+    s = tl.load(sin + angle, rotates, other=0.0)
     if BACKWARD:
         s = -s
-    partner = tl.where(d < HALF, d + HALF, d - HALF)[None, :]  # for the elements that rotate
-
-    slots = QUERIES + 2
-    row = n.to(tl.int64)[:, None]
-    fused = qkv + (row * (G * slots) + group * slots) * D
-    for j in range(QUERIES + 1):
-        if j < QUERIES:
-            split = q + (row * (G * QUERIES) + group * QUERIES + j) * D
-        else:
-            split = k + (row * G + group) * D
-        source = split if BACKWARD else fused + j * D
-        target = fused + j * D if BACKWARD else split
-        x = tl.load(source + d[None, :], inside, other=0.0).to(tl.float32)
-        y = tl.load(source + partner, rotates, other=0.0).to(tl.float32)
-        tl.store(target + d[None, :], (x * c + y * s).to(qkv.dtype.element_ty), inside)
-    split = v + (row * G + group) * D + d[None, :]
-    fused += (QUERIES + 1) * D + d[None, :]
-    if BACKWARD:
-        tl.store(fused, tl.load(split, inside, other=0.0), inside)
-    else:
-        tl.store(split, tl.load(fused, inside, other=0.0), inside)
+    fused = qkv + n.to(tl.int64)[:, None] * D
+    queries = q + (group * QUERIES + slot) * D
+    split = tl.where(slot < QUERIES, queries, tl.where(slot == QUERIES, k + group * D, v + group * D))[:, None]
+    source = split if BACKWARD else fused
+    target = fused if BACKWARD else split
+    x = tl.load(source + d, inside, other=0.0).to(tl.float32)
+    y = tl.load(source + HALF + d, inside, other=0.0).to(tl.float32)
+    tl.store(target + d, (x * c - y * s).to(qkv.dtype.element_ty), inside)
+    tl.store(target + HALF + d, (y * c + x * s).to(qkv.dtype.element_ty), inside)
+    if REST > 0:
+        d = 2 * HALF + tl.arange(0, REST)[None, :]
+        inside = (n < n_heads)[:, None] & (d < D)
+        tl.store(target + d, tl.load(source + d, inside, other=0.0), inside)
 
 
 # --- SwiGLU and its MLP ----------------------------------------------------------------------------------------------
@@ -285,33 +303,31 @@ def swiglu_backward(gate_up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tens
 
 
 def _launch_swiglu(kernel, like: torch.Tensor, *tensors: torch.Tensor) -> None:
-    width, block = like.size(-1), 1024
-    kernel[(like.numel() // width, triton.cdiv(width, block))](*tensors, width, BLOCK=block, num_warps=4)
+    kernel[(triton.cdiv(like.numel(), 1024),)](*tensors, like.numel(), WIDTH=like.size(-1), BLOCK=1024, num_warps=4)
 
 
 @triton.jit
-def _swiglu_forward(gate_up, h, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = c < width
-    gate = tl.load(gate_up + row * 2 * width + c, inside).to(tl.float32)
-    up = tl.load(gate_up + (row * 2 + 1) * width + c, inside).to(tl.float32)
-    tl.store(h + row * width + c, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), inside)
+def _swiglu_forward(gate_up, h, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    left = i + i // WIDTH * WIDTH
+    gate = tl.load(gate_up + left, inside).to(tl.float32)
+    up = tl.load(gate_up + left + WIDTH, inside).to(tl.float32)
+    tl.store(h + i, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), inside)
 
 
 @triton.jit
-def _swiglu_backward(gate_up, dh, d_gate_up, h, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = c < width
-    left = row * 2 * width + c
-    right = left + width
+def _swiglu_backward(gate_up, dh, d_gate_up, h, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    left = i + i // WIDTH * WIDTH
+    right = left + WIDTH
     gate = tl.load(gate_up + left, inside).to(tl.float32)
     up = tl.load(gate_up + right, inside).to(tl.float32)
-    g = tl.load(dh + row * width + c, inside).to(tl.float32)
+    g = tl.load(dh + i, inside).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    tl.store(h + row * width + c, (silu * up).to(h.dtype.element_ty), inside)
+    tl.store(h + i, (silu * up).to(h.dtype.element_ty), inside)
     tl.store(d_gate_up + right, (g * silu).to(h.dtype.element_ty), inside)
     tl.store(d_gate_up + left, (g * up * (sigmoid + silu * (1 - sigmoid))).to(h.dtype.element_ty), inside)
 

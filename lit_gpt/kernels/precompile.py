@@ -1,26 +1,21 @@
-"""Compile the CuTe kernels of a training step all at once, before the first of them is called.
+"""Compile the CuTe kernels of a training step side by side, before the first of them is called.
 
-    python -m lit_gpt.kernels.precompile --heads 32 4 64       # by hand, once a machine or image; needs no GPU
+flash-attn-4 and quack-kernels compile a kernel when it is first called, 3 to 8 s each, one after the other half a
+minute; they keep it on the disk and look there first. They also compile for tensors that do not exist ("fake"): once
+a machine, child processes that never touch the GPU make one such call each, and the real calls find all on the disk.
 
-flash-attn-4 and quack-kernels compile a kernel when it is first called, 2 to 7 s each and one after the other half a
-minute, and look on the disk before they do. They also compile for tensors that do not exist ("fake") and for a GPU that
-is not there. So a process that never touches the GPU imports them once, and forks a child for each kernel.
-
-Nothing depends on it: what goes wrong here, goes wrong or well at the first call.
+Nothing depends on it: what goes wrong here, goes wrong or well at the real call.
 """
 
-import argparse
 import fcntl
 import hashlib
 import importlib.metadata
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
 
@@ -28,15 +23,16 @@ import torch
 
 from lit_gpt.kernels.attention import load
 
-HOPPER = {"QUACK_ARCH": "sm_90a", "FLASH_ATTENTION_ARCH": "sm_90a", "CUTE_DSL_ARCH": "sm_90a"}
 PACKAGES = {"fa4": "flash-attn-4", "quack": "quack-kernels"}
+NO_GPU = {"QUACK_ARCH": "sm_90a", "FLASH_ATTENTION_ARCH": "sm_90a", "CUDA_VISIBLE_DEVICES": ""}
+LONGEST_S = 120  # after which a child is given up
 
 
 def precompile(
     backends: Collection[str], heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Compiles those kernels of these backends, "fa4" and "quack", that training needs, unless that has been done on
-    this machine. Of several processes one does it and the others wait.
+    """Compiles the kernels of those backends, "fa4" and "quack", that a training step calls, unless that has been done
+    on this machine. Of several processes one does it and the others wait.
 
     Args:
         heads: query heads, key/value heads and head size.
@@ -52,13 +48,11 @@ def precompile(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if done.exists():
             return
-        command = [sys.executable, "-m", "lit_gpt.kernels.precompile", "--backends", *versions, "--heads"]
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        process = subprocess.Popen([*command, *map(str, heads)], **quiet)
-        with suppress(Exception):  # meanwhile; whatever a foreign package raises, it will again where it is used
-            load("fa4")
-            import lit_gpt.kernels.quack_mlp  # noqa: F401
-        if process.wait() == 0:
+        try:
+            codes = _run(_calls(versions, heads, device))
+        except Exception:  # whatever a foreign package raises, it will again where it is used
+            return
+        if not any(codes):
             done.touch()
 
 
@@ -74,50 +68,53 @@ def _cache_dir() -> Path:
     return Path(os.environ.get("QUACK_CACHE_DIR") or Path(tempfile.gettempdir()) / getuser() / "quack_cache")
 
 
-def attention_calls(heads: tuple[int, int, int], device: torch.device) -> list[Callable[[], None]]:
-    """The forward and the backward as a training step has them."""
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+def _calls(backends: Collection[str], heads: tuple[int, int, int], device: torch.device) -> list[Callable[[], None]]:
+    """One of each kernel; imports what they need."""
+    calls = []
+    if "fa4" in backends:
+        load("fa4")
+        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-    H, G, D = heads
-    q, k, v, out, dout = (torch.zeros(1, 256, n, D, dtype=torch.bfloat16, device=device) for n in (H, G, G, H, H))
-    lse = torch.zeros(1, H, 256, device=device)
-    return [
-        lambda: _flash_attn_fwd(q, k, v, causal=True, return_lse=True),
-        lambda: _flash_attn_bwd(q, k, v, out, dout, lse, causal=True),
-    ]
+        H, G, D = heads
 
+        def tensors(*n_heads: int) -> list[torch.Tensor]:
+            return [torch.zeros(1, 256, n, D, dtype=torch.bfloat16, device=device) for n in n_heads]
 
-def main(backends: list[str], heads: tuple[int, int, int]) -> None:
-    os.environ |= HOPPER | {"CUDA_VISIBLE_DEVICES": ""}
-    load("fa4")
-    from quack.cache import compile_only_mode
+        def lse() -> torch.Tensor:
+            return torch.zeros(1, H, 256, device=device)
 
-    from lit_gpt.kernels.quack_mlp import calls as mlp_calls
-
-    def run(call: Callable[[], None], name: str) -> None:
-        t0 = time.perf_counter()
-        call()
-        print(f"{name}: {time.perf_counter() - t0:.1f} s", flush=True)
-
-    device = torch.device("cuda", 0)
-    with compile_only_mode():
-        calls = {"fa4": lambda: attention_calls(heads, device), "quack": lambda: mlp_calls(device)}
-        fork = multiprocessing.get_context("fork")
-        children = [
-            fork.Process(target=run, args=(call, f"{name} {i}"))
-            for name in backends
-            for i, call in enumerate(calls[name]())
+        calls += [
+            lambda: _flash_attn_fwd(*tensors(H, G, G), causal=True, return_lse=True),
+            lambda: _flash_attn_bwd(*tensors(H, G, G, H, H), lse(), causal=True),
         ]
-        for child in children:
-            child.start()
-        for child in children:
+    if "quack" in backends:
+        from lit_gpt.kernels import quack_mlp
+
+        calls += quack_mlp.calls(device)
+    return calls
+
+
+def _run(calls: list[Callable[[], None]]) -> list[int]:
+    """Each in a process of its own; their exit codes."""
+    fork = multiprocessing.get_context("fork")  # what has been imported, seconds of it, is there
+    children = [fork.Process(target=_compile, args=(call,), daemon=True) for call in calls]
+    for child in children:
+        child.start()
+    end = time.monotonic() + LONGEST_S
+    for child in children:
+        child.join(max(0.0, end - time.monotonic()))
+        if child.exitcode is None:
+            child.kill()
             child.join()
-    sys.exit(max(abs(child.exitcode) for child in children))
+    return [child.exitcode for child in children]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--backends", nargs="+", choices=PACKAGES, default=list(PACKAGES), help="whose kernels")
-    parser.add_argument("--heads", nargs=3, type=int, default=(32, 4, 64), help="query, key/value, head size")
-    arguments = parser.parse_args()
-    main(arguments.backends, tuple(arguments.heads))
+def _compile(call: Callable[[], None]) -> None:
+    os.environ |= NO_GPU
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    from quack.cache import compile_only_mode  # in which all new tensors are fake, flash-attn-4's too
+
+    with compile_only_mode():
+        call()

@@ -55,12 +55,11 @@ def calls(device: torch.device) -> list[Callable[[], None]]:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    x, gate_up, h = empty(N, C), empty(N, 2 * width), empty(N, width)
     return [
-        lambda: gated(x, empty(2 * width, C), gate_up, h),
-        lambda: gated_backward(x, empty(C, width), gate_up, empty(N, 2 * width), h),
-        lambda: input_grad(gate_up, empty(2 * width, C), empty(N, C)),
-        lambda: add_weight_grad(gate_up, x, empty(2 * width, C, dtype=torch.float32)),
+        lambda: gated(empty(N, C), empty(2 * width, C), empty(N, 2 * width), empty(N, width)),
+        lambda: gated_backward(empty(N, C), empty(C, width), empty(N, 2 * width), empty(N, 2 * width), empty(N, width)),
+        lambda: input_grad(empty(N, 2 * width), empty(2 * width, C), empty(N, C)),
+        lambda: add_weight_grad(empty(N, 2 * width), empty(N, C), empty(2 * width, C, dtype=torch.float32)),
     ]
 
 
