@@ -15,7 +15,7 @@ import os
 import zlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -213,11 +213,11 @@ class _LineStream:
         self._ended = False
         self.take(start)
 
-    def take(self, limit: int) -> bytes:
+    def take(self, limit: int) -> Iterator[bytes]:
         """All lines that begin before `limit`, whole."""
         wanted = limit - self.offset
         if wanted <= 0:
-            return b""
+            return iter(())
         parts, size, chunk = [], 0, self._rest
         # The last line to take is the one that holds byte limit - 1; it ends at the first newline from there on.
         while not (cut := chunk.find(b"\n", max(wanted - 1 - size, 0)) + 1):
@@ -227,16 +227,17 @@ class _LineStream:
                 self._ended, self.error = True, f"a line of more than {MAX_DOCUMENT:,} bytes"
             if not (chunk := self._next_chunk()):
                 break
+        parts.append(chunk[:cut])
         self._rest = chunk[cut:]
-        block = b"".join([*parts, chunk[:cut]])
-        self.offset += len(block)
-        # The line that an error cut in two is no line.
-        return block[: block.rfind(b"\n") + 1] if self.error else block
+        self.offset += size + cut
+        return _lines(parts, torn=self.error is not None)
 
     def skip(self, limit: int) -> None:
         """Leave out all lines that begin before `limit`."""
-        while self.offset < limit and not self._ended:
-            self.take(min(limit, self.offset + READ))
+        while self.offset + len(self._rest) < limit and not self._ended:
+            self.offset += len(self._rest)
+            self._rest = self._next_chunk()
+        self.take(limit)
 
     def is_exhausted(self) -> bool:
         """Whether no line follows; reads ahead to find out."""
@@ -252,6 +253,22 @@ class _LineStream:
             chunk, self.error = b"", getattr(error, "strerror", None) or str(error)
         self._ended = not chunk
         return chunk
+
+
+def _lines(parts: list[bytes], torn: bool) -> Iterator[bytes]:
+    """The lines of a text in parts, which are not joined to spare a copy. If `torn`, a last one without end is none."""
+    begun = []
+    for part in parts:
+        for line in io.BytesIO(part):
+            if line[-1] != 10:  # it goes on in the next part
+                begun.append(line)
+            elif begun:
+                yield b"".join([*begun, line])
+                begun = []
+            else:
+                yield line
+    if begun and not torn:
+        yield b"".join(begun)
 
 
 # --- kinds of files --------------------------------------------------------------------------------------------------
@@ -296,12 +313,12 @@ class JsonLines:
         return unit
 
 
-def _parse(block: bytes, unit: Unit, fields: Fields) -> None:
+def _parse(lines: Iterable[bytes], unit: Unit, fields: Fields) -> None:
     import msgspec
 
     record_type, get = _record_type(fields)
     decode = msgspec.json.Decoder(record_type).decode
-    for row, line in enumerate(io.BytesIO(block)):
+    for row, line in enumerate(lines):
         unit.rows += 1
         try:
             record = decode(line)
