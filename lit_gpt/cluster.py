@@ -57,20 +57,15 @@ def join(rank: int, world_size: int, address: str, port: int, device: torch.devi
             print(f"warning: {message}", file=sys.stderr, flush=True)
     roll_call(store, rank, world_size)
     atexit.register(leave)
-    init(dist.PrefixStore("default", store), rank, world_size, device)
-    return store
-
-
-def init(store: dist.Store, rank: int, world_size: int, device: torch.device) -> None:
-    """Make the default process group of ranks that are all there."""
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
+        store=dist.PrefixStore("default", store),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=COLLECTIVE_S),
         device_id=device if device.type == "cuda" else None,
     )
+    return store
 
 
 def leave() -> None:

@@ -104,7 +104,10 @@ def measure(devices: list[int], cases: list[tuple[str, str, str]], **how) -> Non
         todo = cases if n > 1 else list(dict.fromkeys(("one device", *case[1:]) for case in cases))
         mine = todo[group::groups] if group < groups else []
         if mine and n > 1:
-            cluster.init(dist.PrefixStore(f"{n}/{group}", store), place, n, device)
+            # Without device_id: torch 2.11 crashes where a mesh splits a process's second default group that has one.
+            of_group = dist.PrefixStore(f"{n}/{group}", store)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=of_group, rank=place, world_size=n)
         for way, name, precision in mine:
             t0 = time.perf_counter()
             row = {"model": name, "precision": precision, "GPUs": n, "sharding": way}
@@ -189,7 +192,8 @@ def time_case(
     elapsed_s, after_s = [], []
     while len(elapsed_s) < steps:
         if dist.is_initialized():
-            dist.barrier()
+            dist.all_reduce(torch.zeros((), device=device))  # all begin together
+            synchronize()
         t0 = time.perf_counter()
         after_s.append(step(accumulation))
         synchronize()
