@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import run_ranks
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 
 from lit_gpt import MODELS, Config, checkpoint, pretrained, weights
 from lit_gpt.hf import (
@@ -30,6 +33,7 @@ from lit_gpt.hf import (
 from lit_gpt.hf_tokenizer import export_tokenizer, starts_with_bos, verify_tokenizer
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
+from lit_gpt.sharding import ShardedWeights
 from lit_gpt.tokenizer import LLAMA3_PATTERN, TORTURE, Tokenizer, byte_letters
 from lit_gpt.weights import open_weights, parse_bytes, whole_folder
 from tests.tiny import ROOT, TINY, random_weights, run_script, train_sentencepiece, write_lit_folder
@@ -182,6 +186,28 @@ def test_a_run_becomes_a_folder_that_transformers_loads_as_it_is(tmp_path):
     assert ids == Tokenizer(tokenizer_file).encode("def main():\n    return 0", bos=True, eos=False)
     generation = theirs.generation_config
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 0)
+
+
+def save_half(run_dir: Path) -> None:
+    """One of two ranks; each holds half the rows of each tensor."""
+    model = GPT(Config(name="tiny", **TINY))
+    model.init_weights(5)
+    dist.init_process_group("gloo")
+    weights = ShardedWeights(
+        model, torch.float32, init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    )
+    checkpoint.save(run_dir, 1, weights, torch.optim.SGD(weights.parameters()), {"config": model.config.to_dict()})
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks(tmp_path):
+    run_ranks(2, save_half, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "step-00000001").glob("*.distcp"))) == 2
+    convert("lit", tmp_path / "run", tmp_path / "hf")
+    whole = GPT(Config(name="tiny", **TINY))
+    whole.init_weights(5)
+    assert_same_weights(read_hf(tmp_path / "hf")[1], whole.state_dict())
 
 
 def published(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
