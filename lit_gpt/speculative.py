@@ -262,7 +262,8 @@ class Speculator:
         self.stats = Stats()
         self._passes: _Passes | None = None
         self._kept_rate = 0.7  # of a guess, given that those before it were kept
-        self._pass_s: dict[int, float] = {}  # by the number of guesses
+        self.pass_s: dict[int, float] = {}
+        """Seconds of a pass, by the number of guesses."""
 
     def stream(self, prompt: Sequence[int], max_new_tokens: int, *, eos_id: int | None = None, **sampling):
         """The ids that follow a prompt, EOS included, as they are decided; as generate.stream.
@@ -319,7 +320,7 @@ class Speculator:
         length = min(longest + n + MAX_GUESSES, block_size)
         if passes is None or not passes.fits(len(rows), length, settings):
             self._passes = passes = _Passes(self.target, self.draft, len(rows), length, settings)
-            self._pass_s = passes.prepare(ADAPTIVE_GUESSES if self.guesses is None else (self.guesses,))
+            self.pass_s = passes.prepare(ADAPTIVE_GUESSES if self.guesses is None else (self.guesses,))
         lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]
         first = passes.start(prompts, num_samples, generator)
         done = [self._append(row, [token], n, eos_id) for row, token in zip(rows, first, strict=True)]
@@ -375,8 +376,8 @@ class Speculator:
             tried = sum(min(n + 1, k) for n in kept)  # what comes after the first wrong one was not looked at
             weight = 0.9 ** len(kept)
             self._kept_rate = weight * self._kept_rate + (1 - weight) * min(sum(kept) / tried, 0.98)
-        known = self._pass_s.get(k)
-        self._pass_s[k] = elapsed_s if known is None else 0.8 * known + 0.2 * min(elapsed_s, 4 * known)
+        known = self.pass_s.get(k)
+        self.pass_s[k] = elapsed_s if known is None else 0.8 * known + 0.2 * min(elapsed_s, 4 * known)
 
     def _next(self, i: int, room: int) -> int:
         """Guesses in pass i of a text; now and then none, to compare with."""
@@ -391,7 +392,7 @@ class Speculator:
         A pass with k guesses, each kept with probability a, gives 1 + a + .. + aᵏ tokens; its time is what such passes
         took, or else what the guesses of others seem to have cost.
         """
-        seen = self._pass_s
+        seen = self.pass_s
         if 0 not in seen or len(seen) < 2:
             return 4
         each = min(max(0.0, seen[k] - seen[0]) / k for k in seen if k)

@@ -210,7 +210,7 @@ def test_a_slow_draft_is_warned_of():
 def test_the_number_of_guesses_adapts():
     good, bad = Speculator(tiny(), tiny()), Speculator(tiny(), tiny(1.0))
     for speculator in (good, bad):
-        speculator._pass_s = {0: 1.0, 4: 1.4}  # as measured: a tenth for each guess
+        speculator.pass_s = {0: 1.0, 4: 1.4}  # as measured: a tenth for each guess
     for _ in range(200):
         good._count(4, [4], 1.4)
         bad._count(4, [0], 1.4)

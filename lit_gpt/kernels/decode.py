@@ -356,7 +356,7 @@ def _begin(
 def cached_attention(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache, n_query_groups: int, head_size: int
 ) -> torch.Tensor:
-    """As kernels.attention.cached_attention, in two launches."""
+    """As kernels.attention.cached_attention, in one launch, or in two for more tokens than fit in a tile."""
     if head_size < 16 or head_size & (head_size - 1):
         return reference(qkv, cos, sin, cache, n_query_groups, head_size)
     B, T, width = qkv.shape
@@ -364,30 +364,33 @@ def cached_attention(
     H = width // D - 2 * G
     queries = H // G
     qkv, positions = qkv.contiguous(), cache.positions
-    table_rows = cos.numel() // cos.size(-1)  # T, or B·T
-    q = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
     pdl = has_pdl(qkv.device)
     launch = {"launch_pdl": True} if pdl else {}
     row_stride = 0 if positions.dim() == 1 else T
-    _rope_into_cache[(B * T, G)](
-        qkv, cos.contiguous(), sin.contiguous(), positions, q, cache.k, cache.v, T, S, row_stride, table_rows, G,
-        QUERIES=queries, D=D, HALF=cos.size(-1), SLOTS=triton.next_power_of_2(queries + 2), PDL=pdl,
-        num_warps=2, **launch,
-    )  # fmt: skip
-
+    # The tables have T rows, or B·T.
+    tables = (cos.contiguous(), sin.contiguous(), cos.numel() // cos.size(-1))
     padded_queries = triton.next_power_of_2(queries)
     block_t = max(1, (16 if T * padded_queries <= 16 else 64) // padded_queries)
     while block_t * padded_queries < 16:
         block_t *= 2
     tiles = triton.cdiv(T, block_t)
+    alone = tiles == 1 and T <= 16
+    q = qkv
+    if not alone:
+        q = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
+        _rope_into_cache[(B * T, G)](
+            qkv, *tables, positions, q, cache.k, cache.v, T, S, row_stride, G,
+            QUERIES=queries, D=D, HALF=cos.size(-1), SLOTS=triton.next_power_of_2(queries + 2), PDL=pdl,
+            num_warps=2, **launch,
+        )  # fmt: skip
     rows = block_t * padded_queries
     splits = _splits(B * G * tiles, rows, S)
-    out = torch.empty_like(q)
-    partial = torch.empty((B * G * tiles, splits, rows, D + 2) if splits > 1 else 1, device=q.device)
+    out = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
+    partial = torch.empty((B * G * tiles, splits, rows, D + 2) if splits > 1 else 1, device=qkv.device)
     _attend[(B * G, tiles, splits)](
-        q, cache.k, cache.v, positions, out, partial, cache.arrivals, T, S, row_stride, G, D**-0.5,
-        QUERIES=queries, PADDED=padded_queries, D=D, BLOCK_T=block_t, BLOCK_S=64, SPLITS=splits,
-        PDL=pdl, num_warps=4, num_stages=2, **launch,
+        q, *tables, cache.k, cache.v, positions, out, partial, cache.arrivals, T, S, row_stride, G, D**-0.5,
+        QUERIES=queries, PADDED=padded_queries, D=D, HALF=cos.size(-1), ALONE=alone, BLOCK_T=block_t, BLOCK_S=64,
+        SPLITS=splits, PDL=pdl, num_warps=4, num_stages=2, **launch,
     )  # fmt: skip
     return out
 
@@ -401,48 +404,56 @@ def _splits(programs: int, rows: int, S: int) -> int:
 
 
 @triton.jit
+def _rotated(source, table, inside, cos, sin, D: tl.constexpr, HALF: tl.constexpr):
+    """Heads of D elements at source (R, 1), rotated by the rows table (R, 1) of the tables: (R, D) fp32. Elements
+    beyond 2 · HALF stay as they are."""
+    d = tl.arange(0, D)[None, :]
+    rotates = inside & (d < 2 * HALF)
+    c = tl.load(cos + table * HALF + d % HALF, rotates, other=1.0)
+    s = tl.load(sin + table * HALF + d % HALF, rotates, other=0.0)
+    s = tl.where(d < HALF, -s, s)
+    partner = tl.where(d < HALF, d + HALF, d - HALF)
+    a = tl.load(source + d, inside, other=0.0).to(tl.float32)
+    return a * c + tl.load(source + partner, rotates, other=0.0).to(tl.float32) * s
+
+
+@triton.jit
 def _rope_into_cache(
-    qkv, cos, sin, positions, q, k_cache, v_cache, T, S, row_stride, table_rows, G,
+    qkv, cos, sin, table_rows, positions, q, k_cache, v_cache, T, S, row_stride, G,
     QUERIES: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One group of one token: queries rotated to q, the key rotated and the value as it is to their place in the cache.
     Slots are the group's heads in the fused projection: queries, key, value."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     b, t = row // T, row % T
     slot = tl.arange(0, SLOTS)[:, None]
     d = tl.arange(0, D)[None, :]
-    inside = slot < QUERIES + 2
-    rotates = (slot <= QUERIES) & (d < 2 * HALF)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    table = (row % table_rows) * HALF + d % HALF
-    c = tl.load(cos + table, d < 2 * HALF, other=1.0)
-    s = tl.load(sin + table, d < 2 * HALF, other=0.0)
-    s = tl.where(d < HALF, -s, s)
-    source = qkv + row.to(tl.int64) * G * (QUERIES + 2) * D + (group * (QUERIES + 2) + slot) * D
-    partner = tl.where(d < HALF, d + HALF, d - HALF)
-    a = tl.load(source + d, inside, other=0.0).to(tl.float32)
-    p = tl.load(source + partner, rotates, other=0.0).to(tl.float32)
-    a = tl.where(rotates, a * c + p * s, a).to(q.dtype.element_ty)
-    tl.store(q + (row.to(tl.int64) * G + group) * QUERIES * D + slot * D + d, a, slot < QUERIES)
-    position = tl.load(positions + b * row_stride + t)
-    where = ((b.to(tl.int64) * S + position) * G + group) * D + d + slot * 0
+    source = qkv + (row * G + group) * (QUERIES + 2) * D + slot * D
+    a = _rotated(source, row % table_rows + slot * 0, slot <= QUERIES, cos, sin, D, HALF).to(q.dtype.element_ty)
+    tl.store(q + (row * G + group) * QUERIES * D + slot * D + d, a, slot < QUERIES)
+    where = ((b * S + tl.load(positions + b * row_stride + t)) * G + group) * D + d + slot * 0
     tl.store(k_cache + where, a, slot == QUERIES)
-    tl.store(v_cache + where, a, slot == QUERIES + 1)
+    value = slot == QUERIES + 1
+    tl.store(v_cache + where, tl.load(source + d, value, other=0.0), value)
 
 
 @triton.jit
 def _attend(
-    q, k_cache, v_cache, positions, out, partial, arrivals, T, S, row_stride, G, scale,
-    QUERIES: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr,
+    q, cos, sin, table_rows, k_cache, v_cache, positions, out, partial, arrivals, T, S, row_stride, G, scale,
+    QUERIES: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ALONE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens of one row of the batch, all queries of one group together: its keys and values are read once.
 
     Online softmax over blocks of the cache up to the last token's position (Dao et al. 2022, arXiv:2205.14135). Where
     SPLITS programs share a tile, each takes every SPLITS-th block, and the one that finishes last joins their results.
+
+    ALONE: q is the fused projection, not rotated yet, and its own keys and values are still to be written to the cache:
+    the tile holds all new tokens, and the first of its programs sees to that.
     """
     ROWS: tl.constexpr = BLOCK_T * PADDED
     b = tl.program_id(0) // G
@@ -457,24 +468,46 @@ def _attend(
         gdc_wait()
         gdc_launch_dependents()
     position = tl.load(positions + b * row_stride + t, t < T, other=-1).to(tl.int32)
-    end = tl.max(position, 0) + 1
     row = ((b.to(tl.int64) * T + t) * G + group) * QUERIES + h
     heads = row[:, None] * D + d[None, :]
-    queries = tl.load(q + heads, inside[:, None], other=0.0)
-
     base = b.to(tl.int64) * S * G * D + group * D
     largest = tl.full((ROWS,), -1e30, tl.float32)  # finite: -inf - -inf would be NaN in rows that see nothing here
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D), tl.float32)
+    if ALONE:
+        end = tl.load(positions + b * row_stride).to(tl.int32)  # of what is in the cache already
+        token = b * T + t
+        source = q + (token.to(tl.int64) * G + group) * (QUERIES + 2) * D + h * D
+        dtype = out.dtype.element_ty
+        queries = _rotated(source[:, None], (token % table_rows)[:, None], inside[:, None], cos, sin, D, HALF).to(dtype)
+        j = tl.arange(0, 16)[:, None]
+        own = b * T + j
+        source = q + (own.to(tl.int64) * G + group) * (QUERIES + 2) * D + QUERIES * D
+        own_keys = _rotated(source, own % table_rows, j < T, cos, sin, D, HALF).to(dtype)
+        own_values = tl.load(source + D + d[None, :], j < T, other=0.0)
+        place = base + tl.load(positions + b * row_stride + j, j < T, other=0) * (G * D) + d[None, :]
+        tl.store(k_cache + place, own_keys, (j < T) & (split == 0))
+        tl.store(v_cache + place, own_values, (j < T) & (split == 0))
+        visible = (tl.trans(j) <= t[:, None]) & (tl.trans(j) < T) & (split == 0)
+        own_scores = tl.dot(queries, tl.trans(own_keys), input_precision="ieee") * (scale * 1.4426950408889634)
+        own_scores = tl.where(visible, own_scores, -1e30)
+        largest = tl.maximum(largest, tl.max(own_scores, 1))
+        own_p = tl.where(visible, tl.exp2(own_scores - largest[:, None]), 0.0)
+        total = tl.sum(own_p, 1)
+        acc = tl.dot(own_p.to(dtype), own_values, acc, input_precision="ieee")
+    else:
+        end = tl.max(position, 0) + 1
+        queries = tl.load(q + heads, inside[:, None], other=0.0)
     for start in range(split * BLOCK_S, end, SPLITS * BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         where = base + s[:, None] * (G * D) + d[None, :]
         keys = tl.load(k_cache + where, (s < end)[:, None], other=0.0)
         values = tl.load(v_cache + where, (s < end)[:, None], other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * 1.4426950408889634)
-        scores = tl.where(s[None, :] <= position[:, None], scores, -1e30)
+        seen = (s[None, :] <= position[:, None]) & (s < end)[None, :]
+        scores = tl.where(seen, scores, -1e30)
         new = tl.maximum(largest, tl.max(scores, 1))
-        p = tl.where(s[None, :] <= position[:, None], tl.exp2(scores - new[:, None]), 0.0)
+        p = tl.where(seen, tl.exp2(scores - new[:, None]), 0.0)
         shrink = tl.exp2(largest - new)
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
