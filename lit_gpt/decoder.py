@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
 from lit_gpt.int8 import Int8Linear
 from lit_gpt.kernels.linear import compute

@@ -150,24 +150,26 @@ from lit_gpt.kernels import decode
 
 SIZES = dict(
     PDL=True, K=2048, NORM=True, ADD=True, BLOCK_N=16, BLOCK_K=256, BLOCK=2048, QUERIES=8, PADDED=8, D=64, HALF=32,
-    SLOTS=16, BLOCK_T=2, BLOCK_S=64
+    SLOTS=16, BLOCK_T=2, BLOCK_S=64, PAIR=True, SLICES=8, BLOCKS=2, C=2048, V=32000, GUESSES=16
 )
-TYPES = dict(eps="fp32", cos="*fp32", sin="*fp32", positions="*i64", partial="*fp32", arrivals="*i32")
-TYPES |= dict(scale="*fp32", up_scale="*fp32", **dict.fromkeys("MNTSGK", "i32"), row_stride="i32", table_rows="i32")
-kernels = [k for k in vars(decode).values() if isinstance(k, triton.JITFunction)]
-for kernel in kernels:
+FLAGS = ("GATED", "INT8", "TALL", "ALONE", "SUM", "NOISE", "GREEDY", "SURE")
+INTEGERS = "M N T S G k ahead row_stride table_rows stride p_batch p_row q_batch q_row".split()
+FLOATS = ("cos", "sin", "cos_here", "sin_here", "partial", "scale", "up_scale", "noise", "uniform", "log_sum")
+FLOATS += ("p_log_sum", "q_log_sum")
+LONGS = ("idx", "position", "positions", "ids", "guesses", "p_largest", "kept_out", "token_out")
+TYPES = dict(eps="fp32", inverse_temperature="fp32", arrivals="*i32") | dict.fromkeys(INTEGERS, "i32")
+TYPES |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(LONGS, "*i64")
+names = "_linear_one_row _linear_few_rows _begin _rope_into_cache _attend _draw _accept".split()
+for kernel in (getattr(decode, name) for name in names):
     for flag in (True, False):
-        sizes = {**SIZES, "GATED": flag, "INT8": flag, "SPLITS": 1 + 7 * flag}
+        sizes = {**SIZES, **dict.fromkeys(FLAGS, flag), "SPLITS": 1 + 7 * flag}
         types = {**TYPES, "weight": "*i8" if flag else "*bf16", "up": "*i8" if flag else "*bf16"}
         if kernel is decode._attend:
             types["scale"] = "fp32"
-        if kernel is decode._rms_norm:
-            sizes.pop("K")
-            types["weight"] = "*bf16"
         signature = {n: "constexpr" if n in sizes else types.get(n, "*bf16") for n in kernel.arg_names}
         constants = {n: sizes[n] for n in kernel.arg_names if n in sizes}
         triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
-print(len(kernels), "kernels")
+print(len(names), "kernels")
 """
 
 
@@ -177,4 +179,4 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here():
     pytest.importorskip("triton", reason="the decoding kernels need triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.stdout == "5 kernels\n", done.stderr[-2000:]
+    assert done.stdout == "7 kernels\n", done.stderr[-2000:]
