@@ -338,6 +338,9 @@ def prepare(args: PrepareArgs, prefix: str, patterns: list[str], fields: Fields)
         if output.resume():
             print(f"{args.destination_path}: {prefix} is already complete, {output.manifest.tokens:,} tokens")
             return output.manifest
+        # Until so large an array has been freed, glibc gives memory back to the system after every batch, and pays for
+        # each page that it fetches again: 4 to 12% of the time with Llama 2's tokenizer. Workers inherit the lesson.
+        np.empty(31 << 20, np.uint8)
         started = time.perf_counter()
         try:
             with _executor(unit_encoder, args) as executor:
