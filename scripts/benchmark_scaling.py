@@ -178,8 +178,8 @@ def time_case(
             weights.reduce_gradients()
         norm = clip_and_step(optimizer, 1.0)
         optimizer.zero_grad()
-        if isinstance(weights, ShardedWeights):
-            weights.refresh()
+        if isinstance(weights, ShardedWeights) and weights.refresh() and model.fp8 is not None:
+            model.fp8.quantise_weights()  # as the next forward would
         end = moment()
         assert norm.isfinite()  # waits for the device, as the train loop does
         synchronize()
