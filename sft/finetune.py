@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lit_gpt import checkpoint
 from lit_gpt.chat_data import ChatBatch, PackedRows, load_conversations, pack_conversations
@@ -343,6 +343,8 @@ def train(
             for prompt in questions:
                 reply = answer(fabric, model, prompt, template)
                 fabric.print(f"--- {template.tokenizer.decode(prompt)[-200:].strip()}\n>>> {reply}")
+            if isinstance(trained, FSDPModule):
+                trained.reshard()  # a forward without a backward leaves embedding and head gathered
             if meta["best"] is None or val_loss is None or val_loss <= meta["best"]["val_loss"]:
                 meta["best"] = {"step": step, "val_loss": val_loss}
             saved = checkpoint.save(run_dir, step, trained, optimizer, meta)

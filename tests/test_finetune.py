@@ -192,11 +192,13 @@ def test_data_without_a_conversation_to_train_on(flags, tmp_path):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_two_processes_give_the_same_losses(flags, method):
     one = rows(train(flags, name="one", method=method), "loss")
-    words = [w for k, v in dict(flags, name="two", method=method, devices=2).items() for w in (f"--{k}", str(v))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "sft" / "finetune.py"), *words]
-    out = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert out.returncode == 0, out.stderr[-3000:]
+    for more in (dict(stop_at_step=2), dict(resume=True)):  # a resume goes on as if nothing had been
+        two = dict(flags, name="two", method=method, devices=2, **more)
+        words = [word for flag, value in two.items() for word in (f"--{flag}", str(value))]
+        command = [sys.executable, str(ROOT / "sft" / "finetune.py"), *words]
+        out = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert out.returncode == 0, out.stderr[-3000:]
     assert rows(flags["out_dir"] / "two", "loss") == pytest.approx(one, rel=1e-4)
     assert (flags["out_dir"] / "two" / ("hf" if method == "full" else "adapters")).is_dir()
 
@@ -207,8 +209,9 @@ def test_the_command_line_and_its_one_line_errors(flags):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "sft" / "finetune.py"), *words]
     out = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert out.returncode == 1 and out.stderr.startswith("error: owner/nothing: no such folder here, and not loaded")
-    assert out.stderr.count("\n") == 1
+    lines = [line for line in out.stderr.splitlines() if "srun" not in line]  # a hint of Lightning's where SLURM is
+    assert out.returncode == 1 and len(lines) == 1
+    assert lines[0].startswith("error: owner/nothing: no such folder here, and not loaded")
 
 
 def test_a_tokenizer_in_a_file_of_its_own(flags, files, tmp_path):
@@ -224,26 +227,26 @@ def test_a_tokenizer_in_a_file_of_its_own(flags, files, tmp_path):
 @pytest.mark.shared
 @pytest.mark.long
 def test_a_model_that_could_not_chat_answers_in_the_template_and_stops(shared_data, tmp_path):
-    """A model of children's stories never ends a reply; after eight passes over 180 short questions it often does."""
+    """A model of children's stories never ends a reply; after five passes over 270 short answers it mostly does."""
     rows = [json.loads(line) for line in (shared_data / "sft" / "dolly_hhrlhf_train.jsonl").read_text().splitlines()]
     rows = sorted((r for r in rows if r["output"].strip()), key=lambda r: sum(map(len, r.values())))[:300]
-    for name, part in (("train", rows[::10] + rows[1::2]), ("asked", rows[2::10])):
+    for name, part in (("train", [r for i, r in enumerate(rows) if i % 10]), ("asked", rows[::10])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     base = shared_data / "models" / "stories260k"
     flags = dict(base=str(base), data=tmp_path / "train.jsonl", val_data=tmp_path / "asked.jsonl", out_dir=tmp_path)
-    flags |= dict(template="zephyr", global_batch_tokens=4096, micro_batch_size=4, learning_rate=2e-3, epochs=8)
-    run_dir = train(flags, accelerator="cpu", samples=0)
+    flags |= dict(template="zephyr", global_batch_tokens=4096, micro_batch_size=4, learning_rate=2e-3, epochs=5)
+    run_dir = train(flags, schedule="constant", accelerator="cpu", samples=0)
     losses = [row["val_loss"] for row in read_metrics(run_dir / "metrics.csv") if "val_loss" in row]
     assert min(losses) < losses[0] - 0.8
 
     def ended(chat: ChatModel) -> int:
-        n = 0
-        for row in rows[2::10]:
-            reply = chat.reply([{"role": "user", "content": row["instruction"]}], Sampling(0, max_new_tokens=160))
+        sampling, n = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=200, seed=1), 0
+        for row in rows[::10]:
+            reply = chat.reply([{"role": "user", "content": row["instruction"]}], sampling)
             text = "".join(reply)
             n += reply.finish_reason == "stop"
             assert "<|" not in text and "</s>" not in text
         return n
 
     assert ended(ChatModel.open(base, template="zephyr")) == 0
-    assert ended(ChatModel.open(run_dir)) >= 10
+    assert ended(ChatModel.open(run_dir)) >= 15  # of 30
