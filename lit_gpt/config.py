@@ -49,6 +49,13 @@ class Config:
     """The head is the embedding's weight."""
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            least = 0 if f.default == 0 else 1  # a default of 0 means: derived from others
+            if f.type is int and not (type(value) is int and value >= least):
+                raise ValueError(f"model {self.name!r}: {f.name} is {value!r}, and should be a whole number above 0")
+            if f.type is float and not (type(value) in (int, float) and 0 < value < math.inf):
+                raise ValueError(f"model {self.name!r}: {f.name} is {value!r}, and should be a number above 0")
         if self.rope_scaling not in ROPE_SCALINGS:
             raise ValueError(
                 f"model {self.name!r}: unknown rope_scaling {self.rope_scaling!r}. Known: {', '.join(ROPE_SCALINGS)}"

@@ -261,7 +261,8 @@ def _rope_scaling_from_hf(rope: Mapping[str, Any], max_positions: int) -> tuple[
     unsupported = [
         f"rope_scaling {key} {rope[key]!r} (supported: {only})"
         for key, only in constants.items()
-        if rope.get(key) is not None and (only is None or round(rope[key], 6) != only)
+        if rope.get(key) is not None
+        and (only is None or not isinstance(rope[key], int | float) or round(rope[key], 6) != only)
     ]
     if factor == 1:
         return {}, unsupported
@@ -282,13 +283,16 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> Config:
     Raises:
         ValueError: naming each setting that our model does not have.
     """
-    family = {"llama": "llama", "gpt_neox": "gptneox"}.get(hf.get("model_type"))
+    family = {"llama": "llama", "gpt_neox": "gptneox"}.get(str(hf.get("model_type")))
     if family is None:
         raise ValueError(f"model_type {hf.get('model_type')!r} is not supported. Supported: llama, gpt_neox")
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [key for key in required if key not in hf]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
+    for key in ("rope_scaling", "rope_parameters", "lit_gpt"):
+        if not isinstance(hf.get(key) or {}, dict):
+            raise ValueError(f"config.json: {key} is {hf[key]!r}, and should be an object")
 
     # In transformers 5 everything about rope is in rope_parameters; in 4 base and scaling are apart, and the scaling's
     # kind was once called "type". An old key that is set wins, as it does in transformers 5.
@@ -309,6 +313,10 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> Config:
         if key in hf and hf[key] != only
     ]
     block_size = hf.get("max_position_embeddings", 2048)
+    numbers = {"rope_theta": base, "partial_rotary_factor": share, "max_position_embeddings": block_size}
+    for key, value in numbers.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"config.json: {key} is {value!r}, and should be a number")
     scaling, beyond_ours = _rope_scaling_from_hf(rope, block_size)
     unsupported += beyond_ours
     if family == "llama" and share != 1.0:

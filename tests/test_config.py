@@ -43,6 +43,10 @@ def test_derived_fields_follow_overrides():
         (dict(vocab_size=100, padded_vocab_size=64), "padded_vocab_size 64 < vocab_size 100"),
         (dict(family="bert"), "unknown family 'bert'"),
         (dict(head_size=6, rotary_percentage=0.5), "an odd number"),
+        (dict(n_layer=0), "n_layer is 0, and should be a whole number above 0"),
+        (dict(n_head="32"), "n_head is '32'"),
+        (dict(n_query_groups=-4), "n_query_groups is -4"),
+        (dict(rope_base=float("inf")), "rope_base is inf, and should be a number above 0"),
     ],
 )
 def test_impossible_shapes_are_refused(wrong, message):
@@ -57,7 +61,7 @@ def test_impossible_shapes_are_refused(wrong, message):
         (dict(rope_scaling="yarn"), "rope_factor 1.0 with rope_scaling 'yarn'"),
         (dict(rope_factor=2), "rope_factor 2 with rope_scaling 'none'"),
         (dict(rope_scaling="yarn", rope_factor=0.5), "rope_factor 0.5"),
-        (dict(rope_scaling="yarn", rope_factor=float("nan")), "rope_factor nan"),
+        (dict(rope_scaling="yarn", rope_factor=float("nan")), "rope_factor is nan"),
     ],
 )
 def test_rope_scalings_that_make_no_sense(fields, message):

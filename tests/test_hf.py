@@ -362,6 +362,18 @@ def test_a_longer_context_survives_the_way_there_and_back(scaling, family, tmp_p
             assert config_from_hf(json.loads((folder / "config.json").read_text())) == config
 
 
+@pytest.mark.parametrize("value", [-1, "64", [1], {"a": 1}, float("nan")], ids=str)
+@pytest.mark.parametrize("key", [*LLAMA2, "head_dim", "rope_theta", "rope_scaling", "lit_gpt"])
+def test_settings_of_a_wrong_kind_are_refused_by_name(key, value):
+    if (key, value) in (("rope_scaling", {"a": 1}), ("lit_gpt", {"a": 1})):
+        return  # these are objects
+    ours = {"max_position_embeddings": "block_size", "num_key_value_heads": "n_query_groups", "head_dim": "head_size"}
+    ours |= {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer", "hidden_size": "n_embd"}
+    ours |= {"rms_norm_eps": "norm_eps", "rope_theta": "rope_base", "vocab_size": "padded_vocab_size|vocab_size"}
+    with pytest.raises(ValueError, match=f"{key}|{ours.get(key, key)}"):
+        config_from_hf({**LLAMA2, key: value})
+
+
 def test_missing_settings_are_named():
     with pytest.raises(ValueError, match="config.json lacks vocab_size, hidden_size"):
         config_from_hf({k: v for k, v in LLAMA2.items() if k not in ("vocab_size", "hidden_size")})
