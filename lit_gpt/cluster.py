@@ -41,11 +41,10 @@ def join(rank: int, world_size: int, address: str, port: int, device: torch.devi
     """
     if dist.is_initialized():  # an earlier run of this process has met them
         return own_keys(connect(address, port, SILENCE_S))
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, which may start us repeatedly
     t0 = time.monotonic()
     while True:
         try:
-            store = own_keys(connect(address, port, ROLL_CALL_S, is_master=rank == 0 and not hosted))
+            store = own_keys(connect(address, port, ROLL_CALL_S, is_master=rank == 0 and not hosted()))
             break
         except RuntimeError as e:
             message = (
@@ -71,6 +70,11 @@ def join(rank: int, world_size: int, address: str, port: int, device: torch.devi
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def hosted() -> bool:
+    """Whether the store lives in torchrun, which may start its ranks repeatedly, and not in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def own_keys(store: dist.Store) -> dist.Store:
@@ -246,7 +250,8 @@ class Watch:
                     self._leave(self.store.compare_set("verdict", "", message).decode())
             except RuntimeError as e:
                 if not self._end.is_set():
-                    self._leave(f"rank 0, which holds the store, died or cannot be reached ({first_line(e)})")
+                    holder = "torchrun" if hosted() else "rank 0"
+                    self._leave(f"{holder}, which holds the store, died or cannot be reached ({first_line(e)})")
 
     def _all_done(self) -> bool:
         beats = [f"beat/{r}" for r in range(self.world_size)]
