@@ -35,6 +35,10 @@ class Decoder:
         self.device = model.transformer.wte.weight.device
         dtype = compute(model.transformer.wte.weight).dtype
         self.cache = KVCache(c, batch_size, length, self.device, dtype)
+        self.token, self.position = (torch.zeros(batch_size, dtype=torch.int64, device=self.device) for _ in range(2))
+        """Where `walk` is."""
+        self._noise: torch.Tensor | None = None
+        self._walks: dict[float, Graph] = {}
         self._graphs: dict[int, Graph] = {}
         self._prompt_graphs: dict[int, Graph | None] = {}
         self._weights = weights_of(model)
@@ -109,6 +113,32 @@ class Decoder:
         if T not in self._graphs:
             self._graphs[T] = Graph(self.forward, idx, position)
         return self._graphs[T](idx, position)
+
+    @torch.inference_mode()
+    def walk(self, draw: Callable, temperature: float, generator: torch.Generator | None = None) -> None:
+        """Move self.token and self.position (B,) on by a token of each row. On a GPU only: a graph for each
+        temperature.
+
+        Args:
+            draw: (logits (B, V), noise) -> ids (B,); the noise is exponentially distributed, (B, V), or None for
+                temperature 0.
+        """
+        noise = None
+        if temperature > 0:
+            if self._noise is None:
+                self._noise = torch.ones(self.batch_size, self.model.config.vocab_size, device=self.device)
+            noise = self._noise.exponential_(generator=generator)
+
+        def step() -> None:
+            self.token.copy_(draw(self.forward(self.token[:, None], self.position)[:, 0], noise))
+            self.position.add_(1)
+
+        if temperature not in self._walks:
+            token, position = self.token.clone(), self.position.clone()
+            self._walks[temperature] = Graph(step)
+            self.token.copy_(token)
+            self.position.copy_(position)
+        self._walks[temperature]()
 
     def forward(self, idx: torch.Tensor, position: torch.Tensor, ahead: int = 0) -> torch.Tensor:
         """As `step`, without a graph of its own: to be part of a larger one. The tokens are at position + ahead, ..."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lit_gpt.decoder import borrow
+from lit_gpt.decoder import Decoder, borrow
 from lit_gpt.model import GPT
 
 
@@ -218,22 +218,33 @@ def decode(
             return (token,)
         return token, logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
 
+    # One graph makes a step and the choice after it, if nothing else is asked of the logits.
+    walks = isinstance(choice, FusedChoice) and seen is None and not logprobs
+
+    def advance(decoder: Decoder, chosen: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if walks:
+            decoder.walk(lambda logits, noise: choice.draw(logits, noise)[0], temperature, generator)
+            return (decoder.token,)
+        logits = decoder.step(chosen[0][:, None], decoder.position)[:, 0]
+        decoder.position.add_(1)
+        return choose(logits)
+
     with borrow(model, B, longest + n - 1) as decoder:
-        position = torch.tensor([len(p) for p in prompts for _ in range(num_samples)], device=device)  # (B,), next
         with torch.inference_mode():
-            logits = decoder.prefill(prompts, num_samples)  # (B, V)
+            chosen = choose(decoder.prefill(prompts, num_samples))
+            decoder.token.copy_(chosen[0])
+            decoder.position.copy_(torch.tensor([len(p) for p in prompts for _ in range(num_samples)]))
         for i in range(n):
             with torch.inference_mode():
-                chosen = choose(logits)
                 arrived = _to_cpu(chosen)
                 # A GPU computes the next step while this token is looked at; on a CPU that would only delay it.
                 if device.type == "cuda" and i + 1 < n:
-                    logits = decoder.step(chosen[0][:, None], position)[:, 0]
+                    chosen = advance(decoder, chosen)
             tokens = arrived()
             yield tokens if logprobs else tokens[0]
             if device.type != "cuda" and i + 1 < n:
-                logits = decoder.step(chosen[0][:, None], position)[:, 0]
-            position = position + 1
+                with torch.inference_mode():
+                    chosen = advance(decoder, chosen)
 
 
 def _to_cpu(tensors: tuple[torch.Tensor, ...]) -> Callable[[], tuple[torch.Tensor, ...]]:

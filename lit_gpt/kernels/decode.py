@@ -115,12 +115,13 @@ def _tile_one_row(N: int, gated: bool, int8: bool) -> dict[str, int]:
 
 def _tile_few_rows(N: int, K: int, gated: bool, add: bool, int8: bool) -> dict[str, int]:
     """As _tile_one_row, on an H200. Small programs, many on each multiprocessor, read fastest."""
-    width = 64 if int8 else 32  # of a block
-    warps = 8 if add else 4
-    # Inputs at a time: a power of 2 that K is a multiple of, if it is a multiple of any such that is large enough.
-    step = max((s for s in (512, 1024, 2048) if K % s == 0 and s <= (1024 if gated or add else 2048)), default=256)
-    slices = min(16 if not gated else 8, step // width)
-    return dict(PAIR=gated, SLICES=slices, BLOCKS=step // width // slices, num_warps=warps, num_stages=1)
+    # Inputs at a time, and the warps that share them. No step is beyond K without need: what lies there is masked.
+    step, warps = (512, 2) if gated or N > 8192 else (2048, 8 if K > 4096 else 4) if add else (1024, 2)
+    while step > 256 and K % step and (not add or step >= 2 * K):
+        step //= 2
+    blocks = step // (64 if int8 else 32)
+    slices = min(blocks, warps if K > 4096 or (gated and not int8) else 2 * warps)
+    return dict(PAIR=gated, SLICES=slices, BLOCKS=blocks // slices, num_warps=min(warps, slices), num_stages=1)
 
 
 def has_pdl(device: torch.device) -> bool:
@@ -374,7 +375,7 @@ def cached_attention(
     while block_t * padded_queries < 16:
         block_t *= 2
     tiles = triton.cdiv(T, block_t)
-    alone = tiles == 1 and T <= 16
+    alone = _alone(tiles, T)
     q = qkv
     if not alone:
         q = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
@@ -393,6 +394,11 @@ def cached_attention(
         SPLITS=splits, PDL=pdl, num_warps=4, num_stages=2, **launch,
     )  # fmt: skip
     return out
+
+
+def _alone(tiles: int, T: int) -> bool:
+    """Whether a tile holds all new tokens, so that its programs can rotate and write them themselves."""
+    return tiles == 1 and T <= 16
 
 
 def _splits(programs: int, rows: int, S: int) -> int:
