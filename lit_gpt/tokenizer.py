@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -225,17 +226,17 @@ class _TiktokenModel:
         return self.processor.decode([i for i in ids if i < self.bos_id])
 
     def as_json(self) -> dict:
-        """With merges instead of ranks: a pair may merge when its concatenation has a rank, lowest first."""
+        """With merges instead of ranks: of each token the two parts that it is joined from, lowest rank first.
+
+        No others are needed. What happens inside of a token's place in a text is what happens to the token alone, since
+        nothing is joined across its edges; and there only one pair of parts comes up.
+        """
         letters = byte_letters()
-        vocab = {token.decode("latin-1").translate(letters): rank for token, rank in self.ranks.items()}
-        merges = [
-            (left, right)
-            for token in vocab
-            for cut in range(1, len(token))
-            if (left := token[:cut]) in vocab and (right := token[cut:]) in vocab
-        ]
+        written = {token: token.decode("latin-1").translate(letters) for token in self.ranks}
+        merges = [[written[part] for part in parts] for token in self.ranks if len(parts := self._parts(token)) == 2]
         split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
         as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        vocab = {written[token]: rank for token, rank in self.ranks.items()}
         model = {"type": "BPE", "vocab": vocab, "merges": merges}
         model |= {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
         model |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": True}
@@ -243,6 +244,18 @@ class _TiktokenModel:
         content = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": pre_tokenizer}
         content |= {"post_processor": None, "decoder": as_bytes, "model": model, "truncation": None, "padding": None}
         return content
+
+    def _parts(self, token: bytes) -> list[bytes]:
+        """The last two parts of a token; more if they cannot be joined to it, or the byte that it is."""
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            ranks = [self.ranks.get(left + right, self.bos_id) for left, right in pairwise(parts)]
+            lowest = min(ranks)
+            if lowest == self.bos_id:
+                break
+            i = ranks.index(lowest)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        return parts
 
 
 def byte_letters() -> dict[int, str]:
@@ -325,12 +338,14 @@ class BatchEncoder:
     def _encode_fast(self, utf8: list[bytes], bos: bool, eos: bool) -> tuple[np.ndarray, np.ndarray] | None:
         """Encode all as one text with SEPARATORs in it, whose ids then become those of the delimiters.
 
-        One row of ids needs no awkward arrays, gigatoken's other form of result, which take 0.3 s to import.
-        Returns: None when there are more SEPARATORs than we have put in.
+        A BytesSource in and one row of ids out need no awkward arrays, gigatoken's form of lists, which take 0.3 s to
+        import. Returns: None when there are more SEPARATORs than we have put in.
         """
+        import gigatoken
+
         each = max(bos + eos, 1)
-        block = (SEPARATOR.encode() * each).join([b"", *utf8, b""])
-        ids = self._fast.encode_batch_padded([block], pad_id=0, parallel=False)[0][0]
+        block = gigatoken.BytesSource((SEPARATOR.encode() * each).join([b"", *utf8, b""]))
+        ids = self._fast.encode_batch_padded(block, pad_id=0, parallel=False)[0][0]
         places = np.flatnonzero(ids == self.tokenizer.vocab_size)
         if len(places) != each * (len(utf8) + 1):
             return None

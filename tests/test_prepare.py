@@ -451,10 +451,12 @@ def test_all_wrong_flags_are_named_at_once(tmp_path):
 def test_a_difference_from_the_reference_stops_the_run(corpus, tokenizer_path, tmp_path, monkeypatch):
     monkeypatch.setattr("lit_gpt.tokenizer.TORTURE", ["nothing of note"])
     right = tokenizer_module._in_gigatoken(Tokenizer(tokenizer_path))
+    wrong = Tokenizer(tokenizer_path).encode("fox", bos=False, eos=False)[-1]
 
     class Wrong:
         def encode_batch_padded(self, texts, **options):
-            return right.encode_batch_padded([text.replace(b"fox", b"ox") for text in texts], **options)
+            ids, lengths = right.encode_batch_padded(texts, **options)
+            return np.where(ids == wrong, wrong + 1, ids), lengths
 
     monkeypatch.setattr(tokenizer_module, "_in_gigatoken", lambda tokenizer: Wrong())
     for processes in (1, 2):

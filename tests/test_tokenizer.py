@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import random
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,20 @@ def test_the_fast_encoder_gives_the_reference_ids(tokenizer, encoder, data, bos,
     assert plain(encoder, batch, bos, eos) == reference(tokenizer, batch, bos, eos)
 
 
+def test_the_fast_encoder_knows_any_ranks(tmp_path):
+    """Also where a token comes before its parts, or cannot be joined from any."""
+    pytest.importorskip("tiktoken")
+    r = random.Random(0)
+    for n in range(30):
+        longer = {"".join(r.choices("abc", k=r.randrange(2, 7))).encode() for _ in range(r.randrange(3, 60))}
+        tokens = [bytes([b]) for b in range(256)] + r.sample(sorted(longer), len(longer))
+        path = tmp_path / f"{n}.model"
+        path.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)))
+        tokenizer = Tokenizer(path)
+        texts = ["".join(r.choices("abc", k=r.randrange(30))) for _ in range(300)]
+        assert plain(BatchEncoder(tokenizer, "gigatoken"), texts) == reference(tokenizer, texts)
+
+
 def test_long_runs_take_linear_time(encoder):
     # A quadratic encoder would need minutes for this; the whole suite's time limit is what would fail.
     for piece in ("x", " ", "ab", "你"):
@@ -122,8 +137,10 @@ def test_an_encoder_that_is_wrong_is_not_used(tokenizer, monkeypatch):
             self.right = right
 
         def encode_batch_padded(self, texts, **options):
-            return self.right.encode_batch_padded([text.replace(b"\t", b" ") for text in texts], **options)
+            ids, lengths = self.right.encode_batch_padded(texts, **options)
+            return np.where(ids == tab, tab + 1, ids), lengths
 
+    tab = tokenizer.encode("\t", bos=False, eos=False)[-1]
     right = tokenizer_module._in_gigatoken(tokenizer)
     monkeypatch.setattr(tokenizer_module, "_in_gigatoken", lambda tokenizer: Wrong(right))
     encoder = BatchEncoder(tokenizer)
