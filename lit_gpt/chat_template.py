@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.weights import read_json, write_json
 
 Message = dict[str, str]
 """{"role": "system", "user" or "assistant", "content": ...}, as in OpenAI's API."""
@@ -125,7 +126,7 @@ class ChatTemplate:
     def of_model(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
         """The template that comes with a Hugging Face folder; None where there is none."""
         config_file, jinja_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        config = read_json(config_file) if config_file.is_file() else {}
         source = jinja_file.read_text(encoding="utf-8") if jinja_file.is_file() else config.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = next((t["template"] for t in source if t["name"] == "default"), None)
@@ -252,10 +253,9 @@ class ChatTemplate:
         def update(name: str, **values: object) -> None:
             file = folder / name
             if file.is_file():
-                content = {**json.loads(file.read_text(encoding="utf-8")), **values}
-                file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                write_json(file, {**read_json(file), **values})
 
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "tokenizer_config.json")
         pad = {}
         if config.get("pad_token") == self.end_of_turn:
             # What pads a batch should never be asked for in training, and the end of a turn is.

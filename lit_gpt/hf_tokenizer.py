@@ -76,11 +76,13 @@ def export_tokenizer(source: Path, folder: Path, *, add_bos: bool, max_length: i
             out differently.
     """
     reference = Tokenizer(source)
+    described = reference.path.with_name("tokenizer_config.json")
+    described = read_json(described) if described.is_file() else None
     copy_tokenizer(source, folder)
-    if (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file():
+    if (folder / "tokenizer.json").is_file() and described is not None:
         # Already in their form. GPT2Tokenizer, LlamaTokenizer and others rebuild themselves in transformers 5 from the
         # vocabulary; this class takes tokenizer.json at its word.
-        config = {**read_json(folder / "tokenizer_config.json"), "tokenizer_class": "PreTrainedTokenizerFast"}
+        config = {**described, "tokenizer_class": "PreTrainedTokenizerFast"}
         pad_id = None
     else:
         converted = as_tokenizers(reference)
@@ -98,8 +100,7 @@ def export_tokenizer(source: Path, folder: Path, *, add_bos: bool, max_length: i
         if add_bos and reference.bos_id is not None:
             _prepend_bos(converted, names["bos_token"], reference.bos_id)
         converted.save(str(folder / "tokenizer.json"))
-        file = folder / "tokenizer_config.json"
-        template = read_json(file).get("chat_template") if file.is_file() else None
+        template = (described or {}).get("chat_template")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **names,

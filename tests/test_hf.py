@@ -695,6 +695,15 @@ def test_a_normalisation_that_comes_out_differently_is_refused(tmp_path):
         export_tokenizer(source, tmp_path / "out", add_bos=True, max_length=64)
 
 
+def test_a_damaged_tokenizer_config_is_named(tmp_path):
+    write_lit_folder(tmp_path / "lit")
+    (tmp_path / "lit" / "tokenizer_config.json").write_text("{")
+    for script, out in (("convert_lit_checkpoint.py", "--out_dir"), ("convert_gguf.py", "--out_file")):
+        line = run_script(script, "--checkpoint_dir", tmp_path / "lit", out, tmp_path / "out")
+        assert f"{tmp_path / 'lit' / 'tokenizer_config.json'} is not JSON" in line
+    assert os.listdir(tmp_path) == ["lit"]
+
+
 def test_a_unigram_model_is_refused(tmp_path):
     source = train_sentencepiece(tmp_path / "source" / "tokenizer.model", model_type="unigram")
     (tmp_path / "out").mkdir()
