@@ -7,6 +7,7 @@ import torch
 
 from lit_gpt import Config, decoder
 from lit_gpt.decoder import Decoder, borrow
+from lit_gpt.generate import generate
 from lit_gpt.int8 import Int8Linear, quantize_int8
 from lit_gpt.kernels import select_kernels
 from lit_gpt.model import GPT
@@ -61,9 +62,10 @@ def test_cache_equals_no_cache(monkeypatch, overrides, chunk, cuts):
 
 
 def test_fused_kernels_and_int8_equal_the_forward(decode_kernels):
-    for model in (tiny(vocab_size=64), quantize_int8(tiny(vocab_size=64))):
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter
+    for model in (tiny(device, vocab_size=64), quantize_int8(tiny(device, vocab_size=64))):
         plain, fused = Decoder(model, 3, 30), Decoder(model, 3, 30)
-        fused._fused = decode_kernels
+        plain._fused, fused._fused = None, decode_kernels
         idx = tokens(model) % 64
         for cuts in ([1], [3]):
             both = zip(through_cache(fused, idx, cuts), through_cache(plain, idx, cuts), strict=True)
@@ -110,3 +112,19 @@ def test_borrowed_decoders_are_not_shared():
     model = tiny()
     with borrow(model, 1, 10) as a, borrow(model, 1, 10) as b:
         assert a is not b
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_walking_equals_steps_and_seeds_are_kept(temperature):
+    model = tiny("cuda")
+    prompts = [row.tolist() for row in tokens(model)[:2, :7]]
+
+    def sample(seed: int, **settings) -> list[list[int]]:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        return generate(model, prompts, 20, temperature=temperature, generator=generator, **settings)
+
+    assert sample(1) == sample(1)
+    assert (sample(1) == sample(2)) == (temperature == 0)
+    if temperature == 0:  # min_p is not in the kernel, and changes nothing here
+        assert sample(1) == sample(1, min_p=0.5)

@@ -9,6 +9,7 @@ import torch
 
 from lit_gpt import Config, speculative
 from lit_gpt.generate import ContextFull, generate, probabilities
+from lit_gpt.kernels import select_kernels
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
 from lit_gpt.speculative import Speculator, accept, refuse_different_tokenizers
@@ -243,3 +244,23 @@ def test_prompts_without_text_are_refused(tmp_path):
         prompts.write_text(line)
         with pytest.raises(ValueError, match="--prompts .*prompts.jsonl: not JSON lines with a .text."):
             read_prompts(prompts, None, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:speculation does not pay")
+@pytest.mark.parametrize("draft", ["near", "far", "n-grams"])
+def test_graphs_of_whole_passes_equal_the_target_alone(draft):
+    """In fp32 on a GPU: passes that begin before the last one was looked at, chosen by the kernels."""
+    device = torch.device("cuda")
+    kernels = select_kernels("auto", device=device, dtype=torch.float32, heads=(4, 2, 16), training=False)
+
+    def on_gpu(noise: float) -> GPT:
+        model = tiny(noise)
+        return load_model(Pretrained(None, model.config, model.state_dict()), kernels, "cuda", torch.float32)
+
+    target = on_gpu(0.0)
+    speculator = Speculator(target, None if draft == "n-grams" else on_gpu(0.05 if draft == "near" else 1.0))
+    for prompts in (PROMPTS, PROMPTS[1:2], PROMPTS[1:2]):
+        assert speculator.generate(prompts, 24) == generate(target, prompts, 24)
+    samples = speculator.generate(PROMPTS[:1], 12, temperature=1.0, num_samples=8)
+    assert [len(row) for row in samples] == [12] * 8 and len(set(map(tuple, samples))) > 4
