@@ -92,7 +92,7 @@ def site():
     def make(dtype: torch.dtype) -> fp8.Site:
         blocks = build(in_fp8=False, n_embd=16, intermediate_size=16).transformer.h
         fp8.Fp8(blocks, grad_dtype=dtype).begin()
-        return blocks[0].fp8.d_qkv
+        return blocks[0].fp8.d_proj
 
     return make
 
