@@ -1,8 +1,9 @@
 """Decoding in Triton: a step of one or a few tokens costs the reading of the weights once, and little else.
 
-Imported only where these are selected, since it needs triton. Forward only. Six launches a layer: what stands between
-two matrix products is done by their kernels, at the beginning (the norm) or at the end (SwiGLU, the residual addition).
-With programmatic dependent launch (Hopper and later) a kernel reads its first weights while the one before still runs.
+Imported only where these are selected, since it needs triton. Forward only. Five launches a layer: what stands between
+two matrix products is done by their kernels, at the beginning (the norm) or at the end (SwiGLU, the residual addition),
+and attention's kernel rotates and writes the cache. With programmatic dependent launch (Hopper and later) a kernel
+reads its first weights while the one before still runs.
 
 B batch, T new tokens of each row, M = B·T rows of a step, K inputs, N outputs of a matrix, S cache length, H query
 heads, G key/value heads, D head size.
