@@ -4,7 +4,8 @@ python scripts/benchmark.py prepare --source_path SlimPajama --tokenizer_path to
 python scripts/benchmark.py prepare ... --peer none --files 1 --processes '[1, 2]'      # both cores on one file
 
 The documents of the source (SlimPajama's layout) are repeated to `--megabytes` of text. Time is user + system time of
-the whole process tree, start-up included, so that other work on the machine matters little.
+the whole process tree, start-up included, so that other work on the machine matters little. What only the first run with
+a tokenizer on a machine does, converting it for gigatoken, is done before and printed.
 """
 
 import json
@@ -21,7 +22,7 @@ import numpy as np
 
 from lit_gpt.shards import HEADER_SIZE, read_header, write_shard
 from lit_gpt.text_sources import Fields, find_files, open_source
-from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.tokenizer import BatchEncoder, Tokenizer
 
 PATTERN = "train/*/*.jsonl.zst"
 CHUNK_SIZE = 2049 * 1024
@@ -45,6 +46,9 @@ def prepare(
         megabytes: Text to prepare, at least.
         files: Into how many files to put it.
     """
+    t0 = time.process_time()
+    BatchEncoder(Tokenizer(tokenizer_path))
+    print(f"{tokenizer_path}: {time.process_time() - t0:.1f} s to load, and to convert where that is not cached yet")
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder, "corpus")
         text_bytes = write_corpus(source_path, corpus, megabytes * 1_000_000, files)
