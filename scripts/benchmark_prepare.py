@@ -4,8 +4,8 @@ python scripts/benchmark.py prepare --source_path SlimPajama --tokenizer_path to
 python scripts/benchmark.py prepare ... --peer none --files 1 --processes '[1, 2]'      # both cores on one file
 
 The documents of the source (SlimPajama's layout) are repeated to `--megabytes` of text. Time is user + system time of
-the whole process tree, start-up included, so that other work on the machine matters little. What only the first run with
-a tokenizer on a machine does, converting it for gigatoken, is done before and printed.
+the whole process tree, start-up included, so that other work on the machine matters little. What only the first run
+with a tokenizer on a machine does, converting it for gigatoken, is done before and printed.
 """
 
 import json
