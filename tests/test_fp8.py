@@ -206,6 +206,32 @@ def test_scales_follow_the_largest_element_of_the_last_passes():
     assert state.check() == (0, 0, [])
 
 
+def test_a_gradient_is_not_lost_after_one_that_was_600_times_as_large():
+    """As a first step's is; with a memory of many passes all that follows is flushed to zero, and nothing is learnt."""
+    state = build(n_embd=16, intermediate_size=16).fp8
+    site = state.blocks[0].fp8.d_mlp
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    x[0, 0] = 200.0  # as gradients are: the largest is hundreds of times what is usual
+    for factor in (600.0, *(1.0 for _ in range(10))):
+        state.begin()
+        quantised = fp8.quantise(factor * x, site)
+    usual = slice(1, None)
+    assert error(quantised.rows[usual].float() * quantised.scale, x[usual]) < 0.05
+
+
+def test_gradients_of_queries_survive_beside_those_of_values():
+    """One scale for the three, and before attention has formed the first two are 1e-3 to 1e-5 of the third."""
+    state = build(n_embd=16, intermediate_size=16).fp8
+    site = state.blocks[0].fp8.d_qkv
+    generator = torch.Generator().manual_seed(1)
+    dq, dk, dv = (torch.randn(1, 16, n, 8, generator=generator).to(DEVICE) for n in (2, 1, 1))
+    ones, zeros = torch.ones(16, 4, device=DEVICE), torch.zeros(16, 4, device=DEVICE)
+    state.begin()
+    out = fp8.rope_backward(1e-5 * dq, 1e-4 * dk, dv, ones, zeros, site)
+    q, k, v = (out.rows.float() * out.scale).view(16, 4, 8).split((2, 1, 1), dim=1)
+    assert error(q, 1e-5 * dq[0]) < 0.1 and error(k, 1e-4 * dk[0]) < 0.1 and error(v, dv[0]) < 0.1
+
+
 @pytest.mark.slow
 def test_a_block_that_often_saturates_goes_on_in_bf16():
     model = build(n_layer=2, n_embd=16, intermediate_size=16)

@@ -1,21 +1,26 @@
 """Compile the CuTe kernels of a training step side by side, before the first of them is called.
 
+    python -m lit_gpt.kernels.precompile --heads 32 4 64       # by hand, once a machine or image; needs no GPU
+
 flash-attn-4 and quack-kernels compile a kernel when it is first called, 3 to 8 s each, one after the other half a
-minute; they keep it on the disk and look there first. They also compile for tensors that do not exist ("fake"): once
-a machine, child processes that never touch the GPU make one such call each, and the real calls find all on the disk.
+minute; they keep it on the disk and look there first. They also compile for tensors that do not exist ("fake") and for
+a GPU that is not there. So, once a machine, a process that never touches the GPU imports them and forks a child for
+each kernel, which makes one such call; the real calls then find all on the disk.
 
 Nothing depends on it: what goes wrong here, goes wrong or well at the real call.
 """
 
+import argparse
 import fcntl
 import hashlib
 import importlib.metadata
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
 
@@ -24,8 +29,8 @@ import torch
 from lit_gpt.kernels.attention import load
 
 PACKAGES = {"fa4": "flash-attn-4", "quack": "quack-kernels"}
-NO_GPU = {"QUACK_ARCH": "sm_90a", "FLASH_ATTENTION_ARCH": "sm_90a"}  # tells what they would ask the GPU
-LONGEST_S = 120  # after which a child is given up
+HOPPER = {name: "sm_90a" for name in ("QUACK_ARCH", "FLASH_ATTENTION_ARCH", "CUTE_DSL_ARCH")}
+LONGEST_S = 120  # after which it is given up
 
 
 def precompile(
@@ -48,12 +53,16 @@ def precompile(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if done.exists():
             return
-        try:
-            codes = _run(_calls(versions, heads, device))
-        except Exception:  # whatever a foreign package raises, it will again where it is used
-            return
-        if not any(codes):
-            done.touch()
+        command = [sys.executable, "-m", "lit_gpt.kernels.precompile", "--backends", *versions, "--heads"]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with subprocess.Popen([*command, *map(str, heads)], **quiet) as process:
+            with suppress(Exception):  # whatever a foreign package raises, it will again where it is used
+                _calls(versions, heads, device)  # imports the packages meanwhile
+            try:
+                if process.wait(LONGEST_S) == 0:
+                    done.touch()
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _version(package: str) -> str | None:
@@ -94,28 +103,24 @@ def _calls(backends: Collection[str], heads: tuple[int, int, int], device: torch
     return calls
 
 
-def _run(calls: list[Callable[[], None]]) -> list[int]:
-    """Each in a process of its own; their exit codes."""
-    fork = multiprocessing.get_context("fork")  # what has been imported, seconds of it, is there
-    children = [fork.Process(target=_compile, args=(call,), daemon=True) for call in calls]
-    for child in children:
-        child.start()
-    end = time.monotonic() + LONGEST_S
-    for child in children:
-        child.join(max(0.0, end - time.monotonic()))
-        if child.exitcode is None:
-            child.kill()
-            child.join()
-    return [child.exitcode for child in children]
-
-
-def _compile(call: Callable[[], None]) -> None:
-    os.environ |= NO_GPU
-    torch.cuda.is_available = lambda: False  # or fake tensors would ask CUDA, which refuses to serve a fork
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+def main(backends: Collection[str], heads: tuple[int, int, int]) -> None:
+    os.environ |= HOPPER | {"CUDA_VISIBLE_DEVICES": ""}
+    calls = _calls(backends, heads, torch.device("cuda", 0))
     from quack.cache import compile_only_mode  # in which all new tensors are fake, flash-attn-4's too
 
+    fork = multiprocessing.get_context("fork")  # what has been imported, seconds of it, is there
     with compile_only_mode():
-        call()
+        children = [fork.Process(target=call, daemon=True) for call in calls]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+    sys.exit(any(child.exitcode for child in children))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--backends", nargs="+", choices=PACKAGES, default=list(PACKAGES), help="whose kernels")
+    parser.add_argument("--heads", nargs=3, type=int, default=(32, 4, 64), help="query, key/value, head size")
+    arguments = parser.parse_args()
+    main(arguments.backends, tuple(arguments.heads))
