@@ -114,6 +114,40 @@ def test_borrowed_decoders_are_not_shared():
         assert a is not b
 
 
+class Eager:
+    """What decoder.Graph does to the state: the function runs once to warm up, and at every call."""
+
+    def __init__(self, function) -> None:
+        self.function = function
+        function()
+
+    def __call__(self) -> None:
+        self.function()
+
+
+def test_walking_goes_on_from_where_it_was(monkeypatch):
+    """A graph that is captured on the way leaves the state alone; each temperature has its own."""
+    monkeypatch.setattr(decoder, "Graph", Eager)
+    model = tiny()
+    prompt, got = [5, 7, 9], {}
+    draws = {0.0: lambda logits, _: logits.argmax(1), 1.0: lambda logits, noise: (logits.softmax(1) / noise).argmax(1)}
+    for walked in (True, False):
+        d, generator = Decoder(model, 1, 30), torch.Generator().manual_seed(3)
+        got[walked] = []
+        d.token.copy_(d.prefill([prompt]).argmax(1))
+        d.position.fill_(len(prompt))
+        for temperature in (0.0, 0.0, 1.0, 1.0, 0.0):
+            got[walked].append(d.token.item())
+            if walked:
+                d.walk(draws[temperature], temperature, generator)
+            else:
+                logits = d.step(d.token[:, None], d.position)[:, 0]
+                noise = torch.empty_like(logits).exponential_(generator=generator) if temperature else None
+                d.token.copy_(draws[temperature](logits, noise))
+                d.position.add_(1)
+    assert got[True] == got[False] and len(set(got[True])) > 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_walking_equals_steps_and_seeds_are_kept(temperature):

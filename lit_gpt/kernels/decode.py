@@ -69,8 +69,7 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
     assert M <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous() and y.is_contiguous()
     int8 = scale is not None
     pdl = has_pdl(x.device)
-    single = _single(M, int8)
-    if single:
+    if M == 1:
         kernel, tile = _linear_one_row, _tile_one_row(N, gated, int8)
         outputs = tile["BLOCK_N"]
         tile["BLOCK_K"] = min(tile["BLOCK_K"], triton.next_power_of_2(K))
@@ -95,14 +94,9 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
         INT8=int8,
         PDL=pdl,
         **tile,
-        **({} if single else {"TALL": M > 8}),
+        **({"TALL": M > 8} if M > 1 else {}),
         **({"launch_pdl": True} if pdl else {}),
     )
-
-
-def _single(M: int, int8: bool) -> bool:
-    """Whether the kernel of one row is the faster."""
-    return M == 1
 
 
 def _tile_one_row(N: int, gated: bool, int8: bool) -> dict[str, int]:
@@ -116,9 +110,9 @@ def _tile_one_row(N: int, gated: bool, int8: bool) -> dict[str, int]:
 
 def _tile_few_rows(N: int, K: int, gated: bool, add: bool, int8: bool) -> dict[str, int]:
     """As _tile_one_row, on an H200. Small programs, many on each multiprocessor, read fastest."""
-    # Inputs at a time, and the warps that share them. No step is beyond K without need: what lies there is masked.
+    # Inputs at a time, and the warps that share them.
     step, warps = (512, 2) if gated or N > 8192 else (2048, 8 if K > 4096 else 4) if add else (1024, 2)
-    while step > 256 and K % step and (not add or step >= 2 * K):
+    while step > 256 and K % step and (not add or step >= 2 * K):  # what lies beyond K is masked, and read for nothing
         step //= 2
     blocks = step // (64 if int8 else 32)
     slices = min(blocks, warps if K > 4096 or (gated and not int8) else 2 * warps)
@@ -376,7 +370,7 @@ def cached_attention(
     while block_t * padded_queries < 16:
         block_t *= 2
     tiles = triton.cdiv(T, block_t)
-    alone = _alone(tiles, T)
+    alone = tiles == 1 and T <= 16  # all new tokens are in one tile, whose programs can rotate and write them
     q = qkv
     if not alone:
         q = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
@@ -395,11 +389,6 @@ def cached_attention(
         SPLITS=splits, PDL=pdl, num_warps=4, num_stages=2, **launch,
     )  # fmt: skip
     return out
-
-
-def _alone(tiles: int, T: int) -> bool:
-    """Whether a tile holds all new tokens, so that its programs can rotate and write them themselves."""
-    return tiles == 1 and T <= 16
 
 
 def _splits(programs: int, rows: int, S: int) -> int:
