@@ -13,6 +13,7 @@ from lit_gpt.kernels import select_kernels
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
 from lit_gpt.speculative import Speculator, accept, refuse_different_tokenizers
+from lit_gpt.tokenizer import Tokenizer
 from tests.tiny import ROOT, TINY, random_weights, write_lit_folder
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8, 8, 8]]
@@ -264,3 +265,24 @@ def test_graphs_of_whole_passes_equal_the_target_alone(draft):
         assert speculator.generate(prompts, 24) == generate(target, prompts, 24)
     samples = speculator.generate(PROMPTS[:1], 12, temperature=1.0, num_samples=8)
     assert [len(row) for row in samples] == [12] * 8 and len(set(map(tuple, samples))) > 4
+
+
+def test_a_target_writes_samples_for_its_draft(tmp_path):
+    main = runpy.run_path(str(ROOT / "speculative_decoding" / "write_samples.py"))["main"]
+    write_lit_folder(tmp_path / "target")
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "samples" / "a.jsonl"
+    texts.write_text('{"text": "once upon a time there was a text that is long enough"}\n{"text": "x"}\n')
+    settings = dict(prompt_tokens=4, max_new_tokens=5, max_texts=3, batch_size=2, device="cpu")
+    main(tmp_path / "target", texts, out, **settings)
+    written = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    assert len(written) == 3 and [p.name for p in out.parent.iterdir()] == ["a.jsonl"]
+    tokenizer = Tokenizer(open_pretrained(tmp_path / "target").tokenizer)
+    ids = tokenizer.encode("once upon a time there was a text that is long enough", bos=False, eos=False)
+    beginnings = [tokenizer.decode(ids[i : i + 4]) for i in range(0, len(ids) - 3, 4)]
+    assert all(any(text.startswith(b) for b in beginnings) for text in written)
+    texts.write_text('{"text": "x"}\n')
+    with pytest.raises(ValueError, match="no text has 4 tokens"):
+        main(tmp_path / "target", texts, out, **settings)
+    texts.write_text('{"words": "x"}\n')
+    with pytest.raises(ValueError, match="texts.jsonl: record 0"):
+        main(tmp_path / "target", texts, out, **settings)
