@@ -443,12 +443,16 @@ class _Passes:
     def prepare(self, guesses: Sequence[int]) -> dict[int, float]:
         """On a GPU, capture the passes of so many guesses, and of none. Returns the seconds that each takes."""
         pass_s = {}
+        room = min(self.length, self.draft.room()) - 2
         for k in (0, *guesses) if self.device.type == "cuda" else ():
+            if k > room:
+                continue
             self._capture(k)
             begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for i in range(4):  # the first is on its way to the GPU while the others are launched
                 if i == 1:
                     begun.record()
+                self.position.fill_(1)
                 self.graphs[k]()
             ended.record()
             ended.synchronize()
