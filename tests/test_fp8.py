@@ -370,7 +370,7 @@ SCALARS = dict(eps="fp32", **dict.fromkeys(("N", "C", "stride", "width", "table_
 POINTERS = dict.fromkeys(("weight", "scale", "h_scale", "cos", "sin"), "*fp32") | dict(amax="*i32", h="*fp8e4nv")
 kernels = [k for k in vars(fp8).values() if isinstance(k, triton.JITFunction) and "scale" in k.arg_names]
 for kernel in kernels:
-    for capability, e5m2 in ((90, False), (89, False)):
+    for capability, e5m2 in ((90, False), (90, True), (89, True)):
         eight = "*fp8e5" if e5m2 else "*fp8e4nv"
         pointers = POINTERS | dict(rows=eight, columns=eight, h_columns="*fp8e4nv")
         sizes = {name: {"E5M2": e5m2, **SIZES}.get(name) for name in kernel.arg_names}
