@@ -254,6 +254,15 @@ def test_a_block_that_often_saturates_goes_on_in_bf16():
 
 
 @pytest.mark.slow
+def test_a_model_all_of_whose_blocks_left_fp8_trains_on_in_bf16():
+    model, exact = build(), build(in_fp8=False)
+    exact.compute_in(torch.bfloat16)
+    model.fp8.leave(0)
+    assert backward(model) == backward(exact)
+    for (name, a), b in zip(gradients(model).items(), gradients(exact).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_gradients_are_those_of_fp32_but_for_rounding():
     model, exact = build(), build(in_fp8=False)
     for seed in (0, 1):  # the second pass has scales from the first, and adds to its gradients

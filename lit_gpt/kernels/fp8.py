@@ -95,6 +95,8 @@ class Fp8:
     def quantise_weights(self) -> None:
         """Quantise all weights, which have changed."""
         groups = self.matrices()
+        if not groups:  # all blocks went on in bf16
+            return
         largest = iter(torch._foreach_norm([source(w) for group in groups for w in group], float("inf")))
         largest = torch.stack([torch.stack([next(largest) for _ in group]).max() for group in groups])
         for group, scale in zip(groups, spaced(scale_for(largest.float(), LARGEST[WEIGHT], 1.0)), strict=True):
