@@ -219,6 +219,8 @@ class ChatBatch(NamedTuple):
     """(B, T) int64: the next token where it is the assistant's, else IGNORE_INDEX"""
     cu_seqlens: torch.Tensor
     """(conversations + 1,) int32: where each begins in the B·T tokens; the padding of a row counts as one"""
+    trained: torch.Tensor
+    """(N,) int64: which of the B·T tokens have a target, to spare the head the others"""
 
 
 class PackedRows:
@@ -254,7 +256,10 @@ class PackedRows:
             if begin < self.block_size:
                 begins.append(row * self.block_size + begin)
         cu_seqlens = torch.tensor([*begins, idx.numel()], dtype=torch.int32)
-        return ChatBatch(idx, targets, cu_seqlens)
+        trained = (targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+        if not len(trained):  # padding alone: the loss is 0, and a rank has the same gradients to share as the others
+            trained = torch.zeros(1, dtype=torch.int64)
+        return ChatBatch(idx, targets, cu_seqlens, trained)
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -70,7 +70,8 @@ class GPT(nn.Module):
                 token then sees its own document only. Not together with a cache.
             reduction: "sum", or "none" for the loss of every token, (B, T), zero where ignored. Nothing here divides:
                 a batch is spread over micro-batches and ranks, and only the caller knows its number of valid targets.
-            logits_at: (N,) of the B·T tokens laid end to end, to compute these logits alone, (N, V).
+            logits_at: (N,) of the B·T tokens laid end to end, to compute these logits alone, (N, V), or the loss of
+                these alone.
 
         Returns:
             (B, T, V) logits in the model's dtype, or the fp32 loss in nats.
@@ -102,10 +103,13 @@ class GPT(nn.Module):
                 x, delta = block(x, delta, cos, sin, cu_seqlens, layer)
         _, x = self.transformer.ln_f(x, delta)
 
+        if logits_at is not None:
+            x = x.flatten(0, 1).index_select(0, logits_at)  # (N, C)
+            targets = None if targets is None else targets.flatten()[logits_at]
         if targets is None:
-            return self.lm_head(x if logits_at is None else x.flatten(0, 1)[logits_at])
+            return self.lm_head(x)
         loss = self.kernels.linear_cross_entropy(
-            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction=reduction
+            x.flatten(0, -2), self.lm_head.weight, targets.flatten(), reduction=reduction
         )
         return loss if reduction == "sum" else loss.view_as(targets)
 

@@ -130,8 +130,9 @@ def check(config: Config, rows: PackedRows) -> None:
     fast.bfloat16()
     batch = rows.batch([len(rows) - 1, len(rows) // 2])
     with torch.no_grad():
-        packed = fast(batch.idx.to(device), batch.targets.to(device), cu_seqlens=batch.cu_seqlens.to(device))
-        alone, flat = 0.0, (batch.idx.flatten().to(device), batch.targets.flatten().to(device))
+        idx, targets, cu_seqlens, trained = (tensor.to(device) for tensor in batch)
+        packed = fast(idx, targets, cu_seqlens=cu_seqlens, logits_at=trained)
+        alone, flat = 0.0, (idx.flatten(), targets.flatten())
         for begin, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
             if (flat[1][begin:end] != IGNORE_INDEX).any():
                 alone += reference(flat[0][None, begin:end], flat[1][None, begin:end]).item()

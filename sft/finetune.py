@@ -293,7 +293,7 @@ def train(
             if noise is not None:
                 noise.prepare(batch, seed=(args.seed, step, i, fabric.global_rank))
             with fabric.no_backward_sync(model, enabled=i < len(micro_batches) - 1):
-                loss = model(batch.idx, batch.targets, cu_seqlens=batch.cu_seqlens)
+                loss = model(batch.idx, batch.targets, cu_seqlens=batch.cu_seqlens, logits_at=batch.trained)
                 fabric.backward(loss * (fabric.world_size / n_trained))
             loss_sum += loss.detach()
 
@@ -402,7 +402,7 @@ def validate(fabric: Fabric, model: torch.nn.Module, rows: PackedRows, micro_bat
     model.eval()
     total = torch.zeros((), device=fabric.device, dtype=torch.float64)
     for batch in micro_batches_of(fabric, rows, list(range(len(rows))), micro_batch_size):
-        total += model(batch.idx, batch.targets, cu_seqlens=batch.cu_seqlens)
+        total += model(batch.idx, batch.targets, cu_seqlens=batch.cu_seqlens, logits_at=batch.trained)
     model.train()
     return fabric.all_reduce(total, reduce_op="sum").item() / sum(rows.targets)
 

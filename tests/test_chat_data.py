@@ -182,6 +182,21 @@ def test_packed_conversations_are_what_they_are_alone(template):
     assert sum(rows.targets) == report.trained and sum(rows.tokens) == report.tokens - report.kept
     assert (packed[-1] == 0).all()
 
+    # The head does without the tokens that are not trained on, and nothing changes; not even where none is.
+    packed.sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    assert len(batch.trained) == report.trained
+    loss = model(batch.idx, batch.targets, cu_seqlens=batch.cu_seqlens, logits_at=batch.trained)
+    loss.backward()
+    torch.testing.assert_close(loss, packed.sum().detach())
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads)
+    model.zero_grad()
+    padding = rows.batch([None])
+    loss = model(padding.idx, padding.targets, cu_seqlens=padding.cu_seqlens, logits_at=padding.trained)
+    loss.backward()
+    assert loss == 0 and all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
+
     # An edit of one conversation changes nothing in another that lies behind it in the same row.
     row, begin = next((r, int(b)) for r, b in enumerate(batch.cu_seqlens[1:2] - 1))
     edited = batch.idx.clone()

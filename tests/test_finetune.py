@@ -134,9 +134,9 @@ def test_noise_is_as_strong_as_the_paper_says_and_only_in_training(files):
     idx = torch.zeros(2, 32, dtype=torch.int64)
     cu_seqlens = torch.tensor([0, 4, 32, 64], dtype=torch.int32)
     clean = model.transformer.wte(idx)
-    noise.prepare(ChatBatch(idx, idx, cu_seqlens), seed=(1, 2))
+    noise.prepare(ChatBatch(idx, idx, cu_seqlens, idx), seed=(1, 2))
     first = model.transformer.wte(idx) - clean
-    noise.prepare(ChatBatch(idx, idx, cu_seqlens), seed=(1, 2))
+    noise.prepare(ChatBatch(idx, idx, cu_seqlens, idx), seed=(1, 2))
     assert torch.equal(model.transformer.wte(idx) - clean, first)
     C = model.config.n_embd
     for begin, end in ((0, 4), (4, 32), (32, 64)):
