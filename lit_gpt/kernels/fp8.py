@@ -16,7 +16,7 @@ the kernels that compute them anyway (norm, SwiGLU, rotary embedding), weights o
 - Residual stream, norms, attention, embedding, head and loss stay in bf16 or fp32, and so do parameters and their
   gradients: a checkpoint is the same.
 - A scale comes from earlier passes, so that nothing is read twice: the largest element seen, decaying, with room for it
-  to double. The first pass, which has seen nothing, computes what it quantises twice.
+  to grow. The first pass, which has seen nothing, computes what it quantises twice.
 - What leaves the range saturates and is counted; a block where that happens often goes on in bf16.
 
 N tokens, C inputs, O outputs, I width of the MLP, H query heads, G key/value heads, D head size.
@@ -35,7 +35,9 @@ from torch.autograd.function import once_differentiable
 from lit_gpt.kernels import fused
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-HEADROOM = 2.0  # the largest element may grow this much from one pass to the next
+# The largest element may grow this much from one pass to the next. It does, in gradients, at the beginning of a run;
+# room costs only the smallest numbers, of which e5m2 has plenty.
+HEADROOM = {torch.float8_e4m3fn: 4.0, torch.float8_e5m2: 64.0}
 # Of the largest element seen, a pass. A first step's gradients are hundreds of times the next ones', which lie below
 # the range of e4m3 until those are forgotten: in 9 passes; with 0.95 in 125. Saturation costs little, flushing all.
 DECAY = 0.5
@@ -67,6 +69,7 @@ class Fp8:
         dtypes = [*(dtypes | {"d_qkv": torch.float8_e5m2}).values()] * len(blocks)
         device = next(blocks[0].parameters()).device
         self.largest = torch.tensor([LARGEST[dtype] for dtype in dtypes], device=device)
+        self.target = torch.tensor([LARGEST[dtype] / HEADROOM[dtype] for dtype in dtypes], device=device)
         self.amax = torch.zeros_like(self.largest)  # in the pass that is under way
         self.seen = torch.zeros_like(self.largest)  # in those before
         self.scale = spaced(torch.ones_like(self.largest))
@@ -99,7 +102,7 @@ class Fp8:
             return
         largest = iter(torch._foreach_norm([source(w) for group in groups for w in group], float("inf")))
         largest = torch.stack([torch.stack([next(largest) for _ in group]).max() for group in groups])
-        for group, scale in zip(groups, spaced(scale_for(largest.float(), LARGEST[WEIGHT], 1.0)), strict=True):
+        for group, scale in zip(groups, spaced(scale_for(largest.float(), LARGEST[WEIGHT])), strict=True):
             old = getattr(group[0], "in_fp8", None)
             group[0].in_fp8 = quantise_weight(group, scale[:1], old)
             if old is None:
@@ -123,9 +126,7 @@ class Fp8:
         self.saturated += finite & (self.amax > self.scale[:, 0] * self.largest)
         self.watched += 1
         self.seen = torch.maximum(self.amax.where(finite, 0.0), DECAY * self.seen)
-        self.scale = spaced(
-            scale_for(self.seen, self.largest, HEADROOM)
-        )  # a new tensor: a backward under way has its own
+        self.scale = spaced(scale_for(self.seen, self.target))  # a new tensor: a backward under way has its own
         self.amax.zero_()
 
     def check(self) -> tuple[int, int, list[str]]:
@@ -163,7 +164,7 @@ class Fp8:
 
     def load_state_dict(self, state: dict) -> None:
         self.seen.copy_(torch.tensor(state["seen"]))
-        self.scale = spaced(scale_for(self.seen, self.largest, HEADROOM))
+        self.scale = spaced(scale_for(self.seen, self.target))
         self.first_pass = False
         for i in state["bf16_blocks"]:
             self.leave(i)
@@ -185,8 +186,9 @@ def unusable(block: torch.nn.Module) -> str:
     return ""
 
 
-def scale_for(largest_element: torch.Tensor, largest: torch.Tensor | float, headroom: float) -> torch.Tensor:
-    return torch.where(largest_element > 0, largest_element * (headroom / largest), 1.0)
+def scale_for(largest_element: torch.Tensor, target: torch.Tensor | float) -> torch.Tensor:
+    """What makes `target` of the largest element, 1 where all are 0."""
+    return torch.where(largest_element > 0, largest_element / target, 1.0)
 
 
 def spaced(scales: torch.Tensor) -> torch.Tensor:
@@ -216,7 +218,7 @@ class Site:
         kernel()
         if self.state.first_pass:
             amax = self.amax.where(self.amax.isfinite(), 0.0)
-            self.scale.copy_(scale_for(amax, LARGEST[self.dtype], HEADROOM))
+            self.scale.copy_(scale_for(amax, LARGEST[self.dtype] / HEADROOM[self.dtype]))
             kernel()
             if out is not None:
                 out.check()
@@ -268,7 +270,7 @@ def operand(*group: torch.nn.Parameter) -> Operand:
     if hasattr(group[0], "in_fp8"):
         return group[0].in_fp8
     largest = torch.stack(torch._foreach_norm([source(w) for w in group], float("inf"))).max()
-    return quantise_weight(group, scale_for(largest.float(), LARGEST[WEIGHT], 1.0).view(1))
+    return quantise_weight(group, scale_for(largest.float(), LARGEST[WEIGHT]).view(1))
 
 
 def product(
