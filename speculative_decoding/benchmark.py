@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lit_gpt.cli import one_line_errors, parse
 from lit_gpt.generate import generate
+from lit_gpt.hf_tokenizer import starts_with_bos
 from lit_gpt.int8 import quantize_int8
 from lit_gpt.kernels import select_kernels
 from lit_gpt.pretrained import load_model, open_pretrained, refuse_other_tokenizer
@@ -72,7 +73,9 @@ def main(
         raise ValueError(f"{target_dir} holds no tokenizer")
     tokenizer = Tokenizer(found.tokenizer)
     refuse_other_tokenizer(found, tokenizer)
-    ids = read_prompts(prompts, tokenizer, prompt_tokens)[: num_prompts + 1]
+    # As training had it: a model that never saw BOS is lost behind one.
+    bos = "bos" in found.delimiters if found.delimiters else starts_with_bos(found.tokenizer)
+    ids = read_prompts(prompts, tokenizer, prompt_tokens, bos)[: num_prompts + 1]
     if len(ids) < 2:
         raise ValueError(f"{prompts} holds {len(ids)} prompts; give 2 or more: the first warms up")
 
@@ -129,15 +132,14 @@ def main(
         json.write_text(dumps(rows, indent=1))
 
 
-def read_prompts(path: Path, tokenizer: Tokenizer, n_tokens: int) -> list[list[int]]:
-    """The ids of each prompt in the file, the first n_tokens of them, BOS first where the tokenizer has one."""
+def read_prompts(path: Path, tokenizer: Tokenizer, n_tokens: int, bos: bool) -> list[list[int]]:
+    """The first n_tokens ids of each prompt in the file."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if path.suffix == ".jsonl":
         try:
             lines = [loads(line)["text"] for line in lines]
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f'--prompts {path}: not JSON lines with a "text" in each: {e!r}') from e
-    bos = tokenizer.bos_id is not None
     return [tokenizer.encode(text, bos=bos, eos=False)[:n_tokens] for text in lines]
 
 

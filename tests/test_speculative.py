@@ -3,6 +3,7 @@
 import itertools
 import json
 import runpy
+import warnings
 
 import pytest
 import torch
@@ -244,7 +245,7 @@ def test_prompts_without_text_are_refused(tmp_path):
     for line in ('{"prompt": "Once"}', "Once", "[1]"):
         prompts.write_text(line)
         with pytest.raises(ValueError, match="--prompts .*prompts.jsonl: not JSON lines with a .text."):
-            read_prompts(prompts, None, 8)
+            read_prompts(prompts, None, 8, False)
 
 
 @pytest.mark.gpu
@@ -267,22 +268,35 @@ def test_graphs_of_whole_passes_equal_the_target_alone(draft):
     assert [len(row) for row in samples] == [12] * 8 and len(set(map(tuple, samples))) > 4
 
 
-def test_a_target_writes_samples_for_its_draft(tmp_path):
-    main = runpy.run_path(str(ROOT / "speculative_decoding" / "write_samples.py"))["main"]
+def test_a_taught_draft_guesses_better(tmp_path):
+    script = runpy.run_path(str(ROOT / "speculative_decoding" / "distill.py"))
     write_lit_folder(tmp_path / "target")
-    texts, out = tmp_path / "texts.jsonl", tmp_path / "samples" / "a.jsonl"
-    texts.write_text('{"text": "once upon a time there was a text that is long enough"}\n{"text": "x"}\n')
-    settings = dict(prompt_tokens=4, max_new_tokens=5, max_texts=3, batch_size=2, device="cpu")
-    main(tmp_path / "target", texts, out, **settings)
-    written = [json.loads(line)["text"] for line in out.read_text().splitlines()]
-    assert len(written) == 3 and [p.name for p in out.parent.iterdir()] == ["a.jsonl"]
-    tokenizer = Tokenizer(open_pretrained(tmp_path / "target").tokenizer)
-    ids = tokenizer.encode("once upon a time there was a text that is long enough", bos=False, eos=False)
-    beginnings = [tokenizer.decode(ids[i : i + 4]) for i in range(0, len(ids) - 3, 4)]
-    assert all(any(text.startswith(b) for b in beginnings) for text in written)
-    texts.write_text('{"text": "x"}\n')
-    with pytest.raises(ValueError, match="no text has 4 tokens"):
-        main(tmp_path / "target", texts, out, **settings)
+    write_lit_folder(tmp_path / "draft", n_layer=1, n_embd=32, n_head=2)
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "taught"
+    text = "once upon a time there was a text that is long enough"
+    texts.write_text(json.dumps({"text": text}) + '\n{"text": "x"}\n')
+    settings = dict(prompt_tokens=4, new_tokens=20, temperatures=[0.0], batch_size=8, device="cpu")
+    script["main"](tmp_path / "target", tmp_path / "draft", texts, out, steps=150, learning_rate=1e-2, **settings)
+    target, before, after = (load_model(open_pretrained(tmp_path / n)) for n in ("target", "draft", "taught"))
+    tokenizer = Tokenizer(open_pretrained(out).tokenizer)
+    refuse_different_tokenizers(open_pretrained(tmp_path / "target"), open_pretrained(out))
+    prompt = tokenizer.encode(text, bos=False, eos=False)[:4]
+    accepted = []
+    for draft in (before, after):
+        speculator = Speculator(target, draft, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # slower on a CPU
+            assert speculator.generate([prompt], 20) == generate(target, [prompt], 20)
+        accepted.append(speculator.stats.acceptance_rate)
+    assert accepted[0] < 0.2 and accepted[1] > 0.6
+
+    with pytest.raises(ValueError, match="no text has 40 tokens"):
+        script["main"](
+            tmp_path / "target", tmp_path / "draft", texts, tmp_path / "b", **{**settings, "prompt_tokens": 40}
+        )
+    with pytest.raises(ValueError, match="4 . 61 exceed 64 tokens"):
+        script["main"](tmp_path / "target", tmp_path / "draft", texts, tmp_path / "b", **{**settings, "new_tokens": 61})
     texts.write_text('{"words": "x"}\n')
     with pytest.raises(ValueError, match="texts.jsonl: record 0"):
-        main(tmp_path / "target", texts, out, **settings)
+        script["main"](tmp_path / "target", tmp_path / "draft", texts, tmp_path / "b", **settings)
+    assert not (tmp_path / "b").exists() and not (tmp_path / "b.tmp").exists()

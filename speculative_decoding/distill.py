@@ -1,0 +1,171 @@
+"""Teach a draft what its target would say: the more alike they are, the more guesses stay.
+
+    python speculative_decoding/distill.py --target_dir out/target --draft_dir out/120m --prompts texts --out_dir taught
+
+The target continues pieces of texts, greedily and by sampling, and at every token of what comes out the draft is pulled
+towards the target's whole distribution, KL(target || draft) (Zhou et al. 2023, arXiv:2310.08461): 32,000 numbers where
+the text itself says only one. The target's own words are what a draft will have to guess from.
+
+R rows, T tokens of each, V ids.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lit_gpt.cli import one_line_errors, parse
+from lit_gpt.generate import decode
+from lit_gpt.hf_tokenizer import copy_tokenizer
+from lit_gpt.kernels import select_kernels
+from lit_gpt.model import GPT
+from lit_gpt.optim import clip_and_step, lr_at, param_groups
+from lit_gpt.pretrained import Pretrained, load_model, open_pretrained, refuse_other_tokenizer, write_lit
+from lit_gpt.speculative import refuse_different_tokenizers
+from lit_gpt.text_sources import ANY_TEXT, Fields, find_files, open_source
+from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.weights import whole_folder
+
+
+def main(
+    target_dir: Path,
+    draft_dir: Path,
+    prompts: Path,
+    out_dir: Path,
+    prompt_tokens: int = 64,
+    new_tokens: int = 192,
+    max_texts: int = 8192,
+    temperatures: list[float] = (0.0, 1.0),
+    steps: int = 256,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    seed: int = 1337,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Train a draft on what its target says, and how surely.
+
+    Args:
+        target_dir: The model whose text will be wanted: whatever scripts/generate.py takes.
+        draft_dir: A smaller model with the same tokenizer, best one that has learnt from the same texts.
+        prompts: Texts to begin from, best those of the training: a file or folder, as scripts/prepare_dataset.py takes,
+            texts in a field "text".
+        out_dir: Of the taught draft, with the tokenizer; appears when all is done.
+        prompt_tokens: Length of a piece of text, which the target continues ...
+        new_tokens: ... by so many.
+        max_texts: Pieces to take, at random.
+        temperatures: Of the continuations, in equal shares: those that the draft will be used at; 0 is greedy.
+        steps: Optimizer steps. With the defaults every row is seen twice.
+        batch_size: Rows in a step.
+        learning_rate: Peak, after a tenth of the steps; it falls to a tenth.
+        seed: Of pieces, samples and order.
+        device: cpu or cuda; auto takes a GPU if there is one.
+        overwrite: Replace out_dir if it exists.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    found, found_draft = open_pretrained(target_dir), open_pretrained(draft_dir)
+    refuse_different_tokenizers(found, found_draft)
+    if found.tokenizer is None:
+        raise ValueError(f"{target_dir} holds no tokenizer")
+    tokenizer = Tokenizer(found.tokenizer)
+    refuse_other_tokenizer(found, tokenizer)
+    longest = min(found.config.block_size, found_draft.config.block_size)
+    if prompt_tokens + new_tokens > longest:
+        raise ValueError(f"--prompt_tokens and --new_tokens: {prompt_tokens} + {new_tokens} exceed {longest} tokens")
+
+    with whole_folder(out_dir, overwrite) as folder:
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.tensor(list(pieces(prompts, tokenizer, prompt_tokens)))
+        if not len(starts):
+            raise ValueError(f"--prompts {prompts}: no text has {prompt_tokens} tokens")
+        starts = starts[torch.randperm(len(starts), generator=generator)[:max_texts]]
+
+        def load(which: Pretrained, dtype: torch.dtype) -> GPT:
+            c = which.config
+            heads = (c.n_head, c.n_query_groups, c.head_size)
+            what = dict(device=torch.device(device), dtype=dtype, heads=heads, training=False)
+            return load_model(which, select_kernels("auto", **what), device, dtype)
+
+        target = load(found, dtype)
+        rows = continued(target, starts, new_tokens, temperatures, torch.Generator(device).manual_seed(seed))
+        draft = load(found_draft, torch.float32).train().requires_grad_(True)
+        if dtype != torch.float32:
+            draft.compute_in(dtype)
+        teach(target, draft, rows, steps, batch_size, learning_rate, generator)
+        write_lit(Pretrained(folder, found_draft.config, draft.state_dict()), folder)
+        copy_tokenizer(found.tokenizer, folder)
+    print(f"{out_dir}: the draft, taught for {steps:,} steps by {len(rows):,} texts of the target")
+
+
+def pieces(path: Path, tokenizer: Tokenizer, n_tokens: int) -> Iterator[list[int]]:
+    """The ids of every text, n_tokens at a time."""
+    for file in find_files(path, ANY_TEXT):
+        source, index, unit = open_source(file), 0, None
+        while unit is None or not unit.last:
+            unit, index = source.read(index, Fields()), index + 1
+            if unit.bad:
+                row, problem = unit.bad[0]
+                raise ValueError(f"--prompts {file}: record {row} of part {index}: {problem}")
+            for text in unit.texts:
+                ids = tokenizer.encode(text, bos=False, eos=False)
+                yield from (ids[i : i + n_tokens] for i in range(0, len(ids) - n_tokens + 1, n_tokens))
+
+
+def continued(
+    target: GPT, starts: torch.Tensor, new_tokens: int, temperatures: list[float], generator: torch.Generator
+) -> torch.Tensor:
+    """starts (R, n), each with the target's continuation, (R, n + new_tokens). Documents that end are followed by what
+    the target begins then."""
+    rows = []
+    with tqdm(total=len(starts), desc="target", unit=" texts") as progress:
+        for temperature, part in zip(temperatures, starts.tensor_split(len(temperatures)), strict=True):
+            for prompts in part.split(1024):
+                sampling = dict(temperature=temperature, generator=generator, max_new_tokens=new_tokens)
+                rows.append(torch.cat((prompts, torch.stack(list(decode(target, prompts.tolist(), **sampling)), 1)), 1))
+                progress.update(len(prompts))
+    return torch.cat(rows)
+
+
+def teach(
+    target: GPT,
+    draft: GPT,
+    rows: torch.Tensor,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+) -> None:
+    """Train the draft, in place, on the target's distributions at every token of rows (R, T).
+
+    What is shown beside the loss, in nats a token, is the share of guesses that would stay at temperature 1: the sum of
+    min(p, q) over the ids (Leviathan et al. 2022, arXiv:2211.17192, corollary 3.6), over the last batch looked at.
+    """
+    V, device = min(target.config.vocab_size, draft.config.vocab_size), target.lm_head.weight.device
+    optimizer = torch.optim.AdamW(param_groups(draft, 0.1), lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    schedule = dict(max_steps=steps, warmup_steps=steps // 10, learning_rate=learning_rate, min_lr=learning_rate / 10)
+    epochs = -(-steps * batch_size // len(rows))
+    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(epochs)])
+    with tqdm(range(steps), desc="draft", unit=" steps") as progress:
+        for step in progress:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, **schedule)
+            idx = rows[order[step * batch_size : (step + 1) * batch_size]].to(device)
+            with torch.no_grad():
+                p = target(idx)[..., :V].float().softmax(-1)  # (B, T, V)
+            log_q = draft(idx)[..., :V].float().log_softmax(-1)
+            loss = F.kl_div(log_q, p, reduction="sum") / idx.numel()
+            loss.backward()
+            clip_and_step(optimizer, 1.0)
+            optimizer.zero_grad()
+            if step % 16 == 15 or step + 1 == steps:
+                stays = torch.minimum(p, log_q.detach().exp()).sum(-1).mean()
+                progress.set_postfix_str(f"KL {loss.item():.3f}, {100 * stays.item():.0f}% would stay")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        parse(main)
