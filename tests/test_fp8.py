@@ -194,15 +194,15 @@ def test_weights_one_below_the_other():
 def test_scales_follow_the_largest_element_of_the_last_passes():
     state = build(n_embd=16, intermediate_size=16).fp8
     scales = []
-    for amax in (0.0, 8.0, 2.0, 2.0, 100.0, torch.inf, torch.nan, 0.0):  # the first begin() finds nothing to learn from
+    for amax in (0.0, 8.0, 2.0, 2.0, 1000.0, torch.inf, torch.nan, 0.0):  # the first begin() finds nothing to learn from
         state.amax.fill_(amax)
         state.begin()
         scales.append(state.scale[0, 0].item() * 448 / fp8.HEADROOM[E4M3])
-    remembered = [100 * fp8.DECAY**k for k in range(4)]
+    remembered = [1000 * fp8.DECAY**k for k in range(4)]
     assert scales[1:] == pytest.approx([8, 8 * fp8.DECAY, 8 * fp8.DECAY**2, *remembered])
     saturated, nonfinite, lines = state.check()
     n = len(fp8.SITES)
-    assert (saturated, nonfinite, lines) == (n, 2 * n, [])  # the jump to 100; infinity, and what is not a number
+    assert (saturated, nonfinite, lines) == (n, 2 * n, [])  # the jump to 1000; infinity, and what is not a number
     assert state.check() == (0, 0, [])
 
 
