@@ -175,7 +175,7 @@ def finetune(flags: list, limit_gb: float | None = None) -> float:
 def trainer(
     base: Path, rows: PackedRows, steps: int, batch_size: int, accumulation: int, dtype: torch.dtype, flat: bool
 ) -> float:
-    """transformers' Trainer at its best: bf16 autocast, fused AdamW, Liger's kernels.
+    """transformers' Trainer at its best: bf16 autocast, fused AdamW, Liger's kernels, batches made by workers.
 
     Args:
         dtype: of the weights and of Adam's moments.
@@ -196,29 +196,28 @@ def trainer(
         {"input_ids": ids.tolist(), "labels": ids.long().masked_fill(~trained, IGNORE_INDEX).tolist()}
         for ids, trained in zip(rows.ids, rows.trained, strict=True)
     ]
-    seen = {"tokens": 0}
+    seen = torch.zeros((), dtype=torch.int64, device="cuda" if on_gpu else "cpu")
     times: list[tuple[float, int]] = []
 
-    def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
-        seen["tokens"] += sum(len(e["input_ids"]) for e in batch)
-        return together(batch)
+    def count(_: torch.nn.Module, __: tuple, inputs: dict) -> None:
+        seen.add_(inputs["input_ids"].numel() if flat else inputs["attention_mask"].sum())
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__) -> None:
-            if on_gpu:
-                torch.cuda.synchronize()
-            times.append((time.perf_counter(), seen["tokens"]))
+            tokens = seen.item()  # waits for the device
+            times.append((time.perf_counter(), tokens))
 
     if flat:
-        together = DataCollatorWithFlattening(return_flash_attn_kwargs=on_gpu)
+        collate = DataCollatorWithFlattening(return_flash_attn_kwargs=on_gpu)
     else:
         from transformers import PreTrainedTokenizerFast
 
         padding = PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"), pad_token="<unk>")
-        together = DataCollatorForSeq2Seq(padding)
+        collate = DataCollatorForSeq2Seq(padding)
     attention = {"attn_implementation": "flash_attention_4"} if flat and on_gpu else {}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **attention)
     model.config.use_cache = False
+    model.register_forward_pre_hook(count, with_kwargs=True)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     args = TrainingArguments(
@@ -235,6 +234,8 @@ def trainer(
         logging_steps=1,
         report_to=[],
         remove_unused_columns=False,
+        dataloader_num_workers=2,  # batches are made beside the device's work, as ours
+        dataloader_persistent_workers=True,
         **({} if flat else {"train_sampling_strategy": "group_by_length"}),
     )
     Trainer(model=model, args=args, train_dataset=examples, data_collator=collate, callbacks=[Clock()]).train()

@@ -317,7 +317,8 @@ def train(
         # Log.
         done = step == last_step or interrupted
         if metrics:
-            speed = n_tokens / (time.perf_counter() - t0)
+            t1 = time.perf_counter()
+            speed, t0 = n_tokens / (t1 - t0), t1
             metrics.log(
                 step,
                 tokens=meta["tokens_seen"],
@@ -353,7 +354,7 @@ def train(
                     if int(old.name.removeprefix("step-")) not in (step, meta["best"]["step"]):
                         shutil.rmtree(old)
             fabric.print(f"step {step}: saved {saved}; the best is step {meta['best']['step']}")
-        t0 = time.perf_counter()
+            t0 = time.perf_counter()
         if interrupted:
             fabric.print(f"interrupted: go on with --resume true from step {step}")
             break
