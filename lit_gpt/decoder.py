@@ -140,16 +140,22 @@ class Decoder:
             self.position.copy_(position)
         self._walks[temperature]()
 
-    def forward(self, idx: torch.Tensor, position: torch.Tensor, ahead: int = 0) -> torch.Tensor:
-        """As `step`, without a graph of its own: to be part of a larger one. The tokens are at position + ahead, ..."""
+    def forward(
+        self, idx: torch.Tensor, position: torch.Tensor, ahead: int = 0, only_last: bool = False
+    ) -> torch.Tensor:
+        """As `step`, without a graph of its own: to be part of a larger one. The tokens are at position + ahead, ...
+
+        Args:
+            only_last: (B, 1, V), the logits after the last token of each row, are all that is wanted.
+        """
         if self._fused is not None and idx.numel() <= self._fused.MAX_ROWS:
-            logits = self._fused_forward(idx, position, ahead)
+            logits = self._fused_forward(idx, position, ahead, only_last)
         else:
             positions = position[:, None] + ahead + torch.arange(idx.size(1), device=idx.device)  # (B, T)
             logits = self.model(idx, cache=self.cache, positions=positions)
-        return logits[..., : self.model.config.vocab_size]
+        return logits[:, -1 if only_last else 0 :, : self.model.config.vocab_size]
 
-    def _fused_forward(self, idx: torch.Tensor, position: torch.Tensor, ahead: int) -> torch.Tensor:
+    def _fused_forward(self, idx: torch.Tensor, position: torch.Tensor, ahead: int, only_last: bool) -> torch.Tensor:
         """As GPT.forward for a Llama model, with the norms, SwiGLU and the additions inside the matrix products."""
         model, kernels, cache = self.model, self._fused, self.cache
         c = model.config
@@ -165,8 +171,10 @@ class Decoder:
             (gate, gate_scale), (up, up_scale) = matrix(mlp.fc_1), matrix(mlp.fc_2)
             h = kernels.swiglu(x, gate, up, gate_scale, up_scale, norm=norm_2.weight, eps=norm_2.eps)
             kernels.linear(h, *matrix(mlp.proj), add_to=x)
-        norm = model.transformer.ln_f
-        return kernels.linear(x, *matrix(model.lm_head), norm=norm.weight, eps=norm.eps).view(*idx.shape, -1)
+        norm, B = model.transformer.ln_f, idx.size(0)
+        if only_last:
+            x = x.view(*idx.shape, -1)[:, -1].contiguous()
+        return kernels.linear(x, *matrix(model.lm_head), norm=norm.weight, eps=norm.eps).unflatten(0, (B, -1))
 
 
 _idle: "weakref.WeakKeyDictionary[GPT, Decoder]" = weakref.WeakKeyDictionary()

@@ -135,7 +135,7 @@ class ModelDraft:
         guesses, evidence = [], []
         for i, clock in enumerate(noise):
             ahead = i if i else -1
-            logits = self.decoder.forward(self._known(idx), position, ahead)[:, -1, : self.vocab_size]
+            logits = self.decoder.forward(self._known(idx), position, ahead, only_last=True)[:, 0, : self.vocab_size]
             if logits.size(1) < self.vocab_size:  # what it does not know it never guesses
                 logits = F.pad(logits, (0, self.vocab_size - logits.size(1)), value=-torch.inf)
             guess, why = choice.draw(logits, clock)

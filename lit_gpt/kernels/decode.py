@@ -380,23 +380,25 @@ def cached_attention(
             num_warps=2, **launch,
         )  # fmt: skip
     rows = block_t * padded_queries
-    splits = _splits(B * G * tiles, rows, S)
+    block_s, splits, warps = _tile_attend(B * G * tiles, rows, S)
     out = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty((B * G * tiles, splits, rows, D + 2) if splits > 1 else 1, device=qkv.device)
     _attend[(B * G, tiles, splits)](
         q, *tables, cache.k, cache.v, positions, out, partial, cache.arrivals, T, S, row_stride, G, D**-0.5,
-        QUERIES=queries, PADDED=padded_queries, D=D, HALF=cos.size(-1), ALONE=alone, BLOCK_T=block_t, BLOCK_S=64,
-        SPLITS=splits, PDL=pdl, num_warps=4, num_stages=2, **launch,
+        QUERIES=queries, PADDED=padded_queries, D=D, HALF=cos.size(-1), ALONE=alone, BLOCK_T=block_t, BLOCK_S=block_s,
+        SPLITS=splits, PDL=pdl, num_warps=warps, num_stages=2, **launch,
     )  # fmt: skip
     return out
 
 
-def _splits(programs: int, rows: int, S: int) -> int:
-    """In how many parts to read a cache of S, so that `programs` fill the GPU; joining many rows costs more."""
+def _tile_attend(programs: int, rows: int, S: int) -> tuple[int, int, int]:
+    """Slots to read at a time, in how many parts to read a cache of S, so that `programs` fill the GPU, and the warps
+    of each; joining many rows costs more."""
+    block_s, warps = 64, 4
     if rows > 16 and S <= 512:
-        return 1
-    most, each = (16, 64) if rows == 16 else (8, 256)
-    return max(1, min(132 // programs, triton.cdiv(S, each), most))
+        return block_s, 1, warps
+    most, each = (16, block_s) if rows == 16 else (8, 256)
+    return block_s, max(1, min(132 // programs, triton.cdiv(S, each), most)), warps
 
 
 @triton.jit
@@ -438,6 +440,20 @@ def _rope_into_cache(
 
 
 @triton.jit
+def _see(queries, keys, values, s, end, position, scale, largest, total, acc):
+    """Online softmax: the next block of the cache, slots s (BLOCK_S,) of which those below `end` hold something."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * 1.4426950408889634)
+    seen = (s[None, :] <= position[:, None]) & (s < end)[None, :]
+    scores = tl.where(seen, scores, -1e30)
+    new = tl.maximum(largest, tl.max(scores, 1))
+    p = tl.where(seen, tl.exp2(scores - new[:, None]), 0.0)
+    shrink = tl.exp2(largest - new)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+    return new, total, acc
+
+
+@triton.jit
 def _attend(
     q, cos, sin, table_rows, k_cache, v_cache, positions, out, partial, arrivals, T, S, row_stride, G, scale,
     QUERIES: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ALONE: tl.constexpr,
@@ -460,18 +476,25 @@ def _attend(
     h = r % PADDED
     d = tl.arange(0, D)
     inside = (t < T) & (h < QUERIES)
+    base = b.to(tl.int64) * S * G * D + group * D
+    s = split * BLOCK_S + tl.arange(0, BLOCK_S)
+    if ALONE:
+        # What is in the cache already was written, and the positions too, before the kernel ahead began: the first keys
+        # and values are read while that one ends.
+        end = tl.load(positions + b * row_stride).to(tl.int32)
+        where = base + s[:, None] * (G * D) + d[None, :]
+        keys = tl.load(k_cache + where, (s < end)[:, None], other=0.0)
+        values = tl.load(v_cache + where, (s < end)[:, None], other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     position = tl.load(positions + b * row_stride + t, t < T, other=-1).to(tl.int32)
     row = ((b.to(tl.int64) * T + t) * G + group) * QUERIES + h
     heads = row[:, None] * D + d[None, :]
-    base = b.to(tl.int64) * S * G * D + group * D
     largest = tl.full((ROWS,), -1e30, tl.float32)  # finite: -inf - -inf would be NaN in rows that see nothing here
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D), tl.float32)
     if ALONE:
-        end = tl.load(positions + b * row_stride).to(tl.int32)  # of what is in the cache already
         token = b * T + t
         source = q + (token.to(tl.int64) * G + group) * (QUERIES + 2) * D + h * D
         dtype = out.dtype.element_ty
@@ -491,23 +514,16 @@ def _attend(
         own_p = tl.where(visible, tl.exp2(own_scores - largest[:, None]), 0.0)
         total = tl.sum(own_p, 1)
         acc = tl.dot(own_p.to(dtype), own_values, acc, input_precision="ieee")
+        largest, total, acc = _see(queries, keys, values, s, end, position, scale, largest, total, acc)
     else:
         end = tl.max(position, 0) + 1
         queries = tl.load(q + heads, inside[:, None], other=0.0)
-    for start in range(split * BLOCK_S, end, SPLITS * BLOCK_S):
+    for start in range((split + SPLITS * ALONE) * BLOCK_S, end, SPLITS * BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         where = base + s[:, None] * (G * D) + d[None, :]
         keys = tl.load(k_cache + where, (s < end)[:, None], other=0.0)
         values = tl.load(v_cache + where, (s < end)[:, None], other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * 1.4426950408889634)
-        seen = (s[None, :] <= position[:, None]) & (s < end)[None, :]
-        scores = tl.where(seen, scores, -1e30)
-        new = tl.maximum(largest, tl.max(scores, 1))
-        p = tl.where(seen, tl.exp2(scores - new[:, None]), 0.0)
-        shrink = tl.exp2(largest - new)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-        largest = new
+        largest, total, acc = _see(queries, keys, values, s, end, position, scale, largest, total, acc)
 
     if SPLITS == 1:
         tl.store(out + heads, (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty), inside[:, None])
@@ -523,7 +539,7 @@ def _attend(
             largest = tl.full((ROWS,), -1e30, tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, D), tl.float32)
-            for i in range(SPLITS):
+            for i in tl.static_range(SPLITS):  # unrolled, so that all are on their way at once
                 other = partial + ((tile * SPLITS + i) * ROWS + r) * (D + 2)
                 # From L2: this multiprocessor may hold older lines.
                 m = tl.load(other + D, cache_modifier=".cg")
