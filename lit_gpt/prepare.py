@@ -12,8 +12,10 @@ The manifest says `complete: false` until everything is written.
 import fcntl
 import importlib.metadata
 import json
+import mmap
 import multiprocessing
 import os
+import pickle
 import platform
 import re
 import resource
@@ -22,19 +24,29 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from lit_gpt.shards import Manifest, file_checksum, read_header, read_manifest, token_dtype, write_manifest, write_shard
-from lit_gpt.text_sources import COMPRESSION_RATIO, UNIT, Fields, Unit, find_files, open_source
+from lit_gpt.text_sources import (
+    COMPRESSION_RATIO,
+    UNIT,
+    Block,
+    Fields,
+    JsonLines,
+    Unit,
+    find_files,
+    open_source,
+    parse_block,
+)
 from lit_gpt.tokenizer import BatchEncoder, Tokenizer
 
 DELIMITERS = {"bos+eos": (True, True), "eos": (False, True), "bos": (True, False), "none": (False, False)}
@@ -45,6 +57,8 @@ CHECK_FIRST = 100_000
 """So many characters of the first documents are encoded by the reference too"""
 CHECK_EVERY = 1000
 """Afterwards one document in so many is encoded by the reference too"""
+SLOT = 2 * UNIT
+"""Bytes of memory through which a worker gets its text and gives back its tokens. What does not fit takes a pipe"""
 TOTALS = ("documents", "tokens", "text_bytes")
 NOT_YET = dict.fromkeys(TOTALS, 0) | {"shards": [], "complete": False}
 """What the manifest says of itself while the journal keeps the accounts"""
@@ -84,9 +98,12 @@ class UnitEncoder:
         self._source_index, self._source = -1, None
         self._until_check = self._checked = 0
 
-    def __call__(self, task: list[tuple[int, int]]) -> list[EncodedUnit]:
-        """Encode the units [(index of the file, index of the unit in it), ...] as one batch."""
-        units = [self._read(*unit) for unit in task]
+    def __call__(self, task: list[tuple[int, int]] | Block) -> list[EncodedUnit]:
+        """Encode the units [(index of the file, index of the unit in it), ...] as one batch, or a unit that is read."""
+        if isinstance(task, Block):
+            units = [parse_block(task, self.fields)]
+        else:
+            units = [self._read(*unit) for unit in task]
         texts = [text for unit in units for text in unit.texts]
         self._check(texts)
         ids, lengths, sizes = self.encoder(texts, bos=self.bos, eos=self.eos)
@@ -148,11 +165,12 @@ def _by_subset(subsets: list[str], lengths: np.ndarray, sizes: np.ndarray) -> di
 
 
 _unit_encoder: UnitEncoder | None = None  # of this worker
+_slots: list[mmap.mmap] = []  # shared with the writer
 
 
-def _start_worker(unit_encoder: UnitEncoder) -> None:
-    global _unit_encoder
-    _unit_encoder = unit_encoder
+def _start_worker(unit_encoder: UnitEncoder, slots: list[mmap.mmap]) -> None:
+    global _unit_encoder, _slots
+    _unit_encoder, _slots = unit_encoder, slots
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the writer, which ends its workers
 
     def die_with_writer() -> None:
@@ -162,68 +180,134 @@ def _start_worker(unit_encoder: UnitEncoder) -> None:
     threading.Thread(target=die_with_writer, daemon=True).start()
 
 
-def _encode_in_worker(task: list[tuple[int, int]]) -> list[EncodedUnit]:
-    return _unit_encoder(task)
+def _encode_in_worker(slot: int, message: tuple) -> tuple:
+    return _put(_unit_encoder(_get(message, _slots[slot])), _slots[slot])
 
 
-class _SameProcess(Executor):
-    """Does the work when it is submitted."""
+def _put(value: Any, slot: mmap.mmap) -> tuple[bytes, list[int]]:
+    """A message from which `_get` makes `value` again in another process; what is large in it goes into the slot."""
+    ends = [0]
 
-    def __init__(self, encoder: UnitEncoder) -> None:
-        self.encoder = encoder
+    def place(buffer: pickle.PickleBuffer) -> bool:
+        content = buffer.raw()
+        if (end := ends[-1] + content.nbytes) > len(slot):
+            return True  # the message takes it along
+        slot[ends[-1] : end] = content
+        ends.append(end)
+        return False
 
-    def submit(self, _function, task):
-        future = Future()
-        future.set_result(self.encoder(task))
-        return future
+    return pickle.dumps(value, 5, buffer_callback=place), ends
+
+
+def _get(message: tuple[bytes, list[int]], slot: mmap.mmap) -> Any:
+    pickled, ends = message
+    return pickle.loads(pickled, buffers=[slot[start:end] for start, end in pairwise(ends)])
+
+
+class Workers:
+    """Processes that encode; a single one is the writer itself.
+
+    Each task has a slot of memory that its worker shares with the writer, for its text if the writer has read it, and
+    for its tokens: through a pipe they take as long as decompressing does.
+    """
+
+    def __init__(self, unit_encoder: UnitEncoder, processes: int) -> None:
+        self.unit_encoder, self.processes = unit_encoder, processes
+        self.window = 2 * processes if processes > 1 else 1
+        """So many tasks may be under way"""
+
+    def __enter__(self) -> "Workers":
+        if self.processes > 1:
+            self._slots = [mmap.mmap(-1, SLOT) for _ in range(self.window)]
+            self._free = list(range(self.window))
+            # Forked workers inherit the tokenizer as it lies in memory; loading it takes a second or three. The submit
+            # makes them start now, while this process has no thread but this one.
+            fork = multiprocessing.get_context("fork")
+            initargs = (self.unit_encoder, self._slots)
+            self._pool = ProcessPoolExecutor(self.processes, fork, _start_worker, initargs)
+            self._pool.submit(os.getpid).result()
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        if self.processes > 1:
+            self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, task: list[tuple[int, int]] | Block) -> Callable[[], list[EncodedUnit]]:
+        """Begin with a task. Returns: a function that waits for its result, to be called once."""
+        if self.processes == 1:
+            return partial(self.unit_encoder, task)
+        if isinstance(task, Block):
+            task = replace(task, parts=[pickle.PickleBuffer(part) for part in task.parts])  # as arrays are to pickle
+        number = self._free.pop()
+        slot = self._slots[number]
+        future = self._pool.submit(_encode_in_worker, number, _put(task, slot))
+
+        def result() -> list[EncodedUnit]:
+            units = _get(future.result(), slot)
+            self._free.append(number)
+            return units
+
+        return result
 
 
 def _encode_in_order(
-    executor: Executor, window: int, paths: list[Path], start: tuple[int, int]
+    workers: Workers, paths: list[Path], start: tuple[int, int]
 ) -> Iterator[tuple[int, int, EncodedUnit]]:
     """(file index, unit index, result) of every unit from `start` on, in order, with `window` tasks under way."""
-    tasks = _plan(paths, *start)
-    under_way: deque[tuple[list, bool, Future]] = deque()
+    tasks = _plan(paths, *start, workers.processes)
+    under_way: deque[tuple[list, bool, Callable]] = deque()
     finished = start[0] - 1  # the last file that has been read to its end
     while True:
-        while len(under_way) < window and (planned := next(tasks, None)):
-            under_way.append((*planned, executor.submit(_encode_in_worker, planned[0])))
+        while len(under_way) < workers.window and (planned := next(tasks, None)):
+            units, block, to_end = planned
+            under_way.append((units, to_end, workers.submit(block or units)))
         if not under_way:
             return
-        task, planned_to_end, future = under_way.popleft()
-        for (source, index), result in zip(task, future.result(), strict=True):
+        units, to_end, result = under_way.popleft()
+        for (source, index), encoded in zip(units, result(), strict=True):
             if source <= finished:
                 continue  # the file ended before this unit
-            yield source, index, result
-            while planned_to_end and not result.last:  # the file goes on beyond what was planned
+            yield source, index, encoded
+            while to_end and not encoded.last:  # the file goes on beyond what was planned
                 index += 1
-                (result,) = executor.submit(_encode_in_worker, [(source, index)]).result()
-                yield source, index, result
-            if result.last:
+                (encoded,) = workers.submit([(source, index)])()
+                yield source, index, encoded
+            if encoded.last:
                 finished = source
 
 
-def _plan(paths: list[Path], first: int, first_unit: int) -> Iterator[tuple[list[tuple[int, int]], bool]]:
+def _plan(
+    paths: list[Path], first: int, first_unit: int, processes: int
+) -> Iterator[tuple[list[tuple[int, int]], Block | None, bool]]:
     """Tasks of about UNIT bytes of text from a unit of a file on: one unit of a large file, or several small files.
 
-    Yields: (file index, unit index) of each unit in the task; whether they end their files, as far as one can tell.
+    Yields: (file index, unit index) of each unit in the task; its text, if it is not for the worker to read;
+    whether they end their files, as far as one can tell.
     """
     small_files, size = [], 0
     for source in range(first, len(paths)):
         begin = first_unit if source == first else 0
-        units = max(open_source(paths[source]).units(), begin + 1)
+        file = open_source(paths[source])
+        units = max(file.units(), begin + 1)
         file_size = paths[source].stat().st_size * COMPRESSION_RATIO
         if small_files and (units > 1 or size + file_size > UNIT):
-            yield small_files, True
+            yield small_files, None, True
             small_files, size = [], 0
         if units == 1:
             small_files.append((source, 0))
             size += file_size
+        elif units >= processes and isinstance(file, JsonLines) and file.compressed:
+            # Each worker would decompress all of it for its share.
+            index, last = begin, False
+            while not last:
+                block = file.block(index)
+                yield [(source, index)], block, False
+                index, last = index + 1, block.last
         else:
             for index in range(begin, units):
-                yield [(source, index)], index + 1 == units
+                yield [(source, index)], None, index + 1 == units
     if small_files:
-        yield small_files, True
+        yield small_files, None, True
 
 
 # --- in the writer: tokens to shards ---------------------------------------------------------------------------------
@@ -343,8 +427,8 @@ def prepare(args: PrepareArgs, prefix: str, patterns: list[str], fields: Fields)
         np.empty(31 << 20, np.uint8)
         started = time.perf_counter()
         try:
-            with _executor(unit_encoder, args) as executor:
-                units = _encode_in_order(executor, 2 * args.processes, paths, output.next[:2])
+            with Workers(unit_encoder, args.processes) as workers:
+                units = _encode_in_order(workers, paths, output.next[:2])
                 peak_memory = _write(units, paths, output, args)
         except BrokenProcessPool as error:
             raise ChildProcessError(
@@ -354,22 +438,6 @@ def prepare(args: PrepareArgs, prefix: str, patterns: list[str], fields: Fields)
         output.finish()
     _print_summary(output, time.perf_counter() - started, peak_memory, args)
     return output.manifest
-
-
-@contextmanager
-def _executor(unit_encoder: UnitEncoder, args: PrepareArgs) -> Iterator[Executor]:
-    if args.processes == 1:
-        yield _SameProcess(unit_encoder)
-        return
-    # Forked workers inherit the tokenizer as it lies in memory; loading it takes a second or three. The submit makes
-    # them start now, while this process has no thread but this one.
-    fork = multiprocessing.get_context("fork")
-    executor = ProcessPoolExecutor(args.processes, fork, _start_worker, (unit_encoder,))
-    try:
-        executor.submit(os.getpid).result()
-        yield executor
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 def _write(

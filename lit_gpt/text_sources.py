@@ -213,11 +213,11 @@ class _LineStream:
         self._ended = False
         self.take(start)
 
-    def take(self, limit: int) -> Iterator[bytes]:
-        """All lines that begin before `limit`, whole."""
+    def take(self, limit: int) -> list[bytes]:
+        """All lines that begin before `limit`, whole; in parts, which are not joined to spare a copy."""
         wanted = limit - self.offset
         if wanted <= 0:
-            return iter(())
+            return []
         parts, size, chunk = [], 0, self._rest
         # The last line to take is the one that holds byte limit - 1; it ends at the first newline from there on.
         while not (cut := chunk.find(b"\n", max(wanted - 1 - size, 0)) + 1):
@@ -230,7 +230,11 @@ class _LineStream:
         parts.append(chunk[:cut])
         self._rest = chunk[cut:]
         self.offset += size + cut
-        return _lines(parts, torn=self.error is not None)
+        if self.error:  # what was read of the last line is none
+            while parts and not (cut := parts[-1].rfind(b"\n") + 1):
+                parts.pop()
+            parts[-1:] = [part[:cut] for part in parts[-1:]]
+        return parts
 
     def skip(self, limit: int) -> None:
         """Leave out all lines that begin before `limit`."""
@@ -255,8 +259,8 @@ class _LineStream:
         return chunk
 
 
-def _lines(parts: list[bytes], torn: bool) -> Iterator[bytes]:
-    """The lines of a text in parts, which are not joined to spare a copy. If `torn`, a last one without end is none."""
+def _lines(parts: list[bytes]) -> Iterator[bytes]:
+    """The lines of a text in parts."""
     begun = []
     for part in parts:
         for line in io.BytesIO(part):
@@ -267,7 +271,7 @@ def _lines(parts: list[bytes], torn: bool) -> Iterator[bytes]:
                 begun = []
             else:
                 yield line
-    if begun and not torn:
+    if begun:
         yield b"".join(begun)
 
 
@@ -292,25 +296,48 @@ class JsonLines:
         return max(1, math.ceil(size / UNIT))
 
     def read(self, index: int, fields: Fields) -> Unit:
-        unit = Unit()
+        return parse_block(self.block(index), fields)
+
+    def block(self, index: int) -> "Block":
+        """The text of unit `index`."""
         if index >= self._units:
-            return unit
+            return Block()
         try:
             if self._lines is None or index < self._next or (index > self._next and not self.compressed):
                 self._lines = _LineStream(self.path, 0 if self.compressed else index * UNIT)
         except OSError as error:
-            unit.bad.append((None, error.strerror))
-            return unit
+            return Block(error=error.strerror)
         lines, self._next = self._lines, index + 1
         lines.skip(index * UNIT)
-        _parse(lines.take((index + 1) * UNIT), unit, fields)
-        unit.last = lines.is_exhausted()
-        if unit.last:
+        block = Block(lines.take((index + 1) * UNIT), last=lines.is_exhausted())
+        if block.last:
             self._lines, self._units = None, index + 1
-            if lines.error:
-                unit.bad.append((None, lines.error))
-        unit.progress = lines.bytes.consumed / max(lines.bytes.size, 1)
-        return unit
+            block.error = lines.error
+        block.progress = lines.bytes.consumed / max(lines.bytes.size, 1)
+        return block
+
+
+@dataclass
+class Block:
+    """Whole lines of a JSON-lines file, one unit of it, not yet parsed."""
+
+    parts: list[bytes] = field(default_factory=list)
+    """The text, cut anywhere"""
+    last: bool = True
+    """As in Unit"""
+    progress: float = 1.0
+    """As in Unit"""
+    error: str | None = None
+    """Why the file cannot be read on"""
+
+
+def parse_block(block: Block, fields: Fields) -> Unit:
+    """The documents of a block."""
+    unit = Unit(last=block.last, progress=block.progress)
+    _parse(_lines(block.parts), unit, fields)
+    if block.error:
+        unit.bad.append((None, block.error))
+    return unit
 
 
 def _parse(lines: Iterable[bytes], unit: Unit, fields: Fields) -> None:

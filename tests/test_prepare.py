@@ -120,11 +120,29 @@ def test_the_stream_is_every_document_with_its_delimiters(corpus, tokenizer_path
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.journal.jsonl"))
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_the_bytes_do_not_depend_on_the_number_of_processes(corpus, tokenizer_path, tmp_path, processes, small_units):
+@pytest.mark.parametrize(("processes", "slot"), [(2, 1 << 20), (3, 15_000), (16, 100)])
+def test_the_bytes_do_not_depend_on_the_number_of_processes(
+    corpus, tokenizer_path, tmp_path, monkeypatch, processes, slot, small_units
+):
+    """Nor on what fits into the memory shared with a worker, nor on who reads: of 16, the files have fewer units."""
+    monkeypatch.setattr(prepare_module, "SLOT", slot)
     run(corpus[0], tokenizer_path, tmp_path / "1")
     run(corpus[0], tokenizer_path, tmp_path / "n", processes=processes)
     assert contents(tmp_path / "1") == contents(tmp_path / "n")
+
+
+def test_a_large_compressed_file_is_read_once_for_all_workers(tokenizer_path, tmp_path, monkeypatch, small_units):
+    make_corpus(tmp_path / "source", files=1, documents=300)
+    run(tmp_path / "source", tokenizer_path, tmp_path / "1")
+    writer, block = os.getpid(), text_sources.JsonLines.block
+
+    def read_by_writer(self, index):
+        assert os.getpid() == writer
+        return block(self, index)
+
+    monkeypatch.setattr(text_sources.JsonLines, "block", read_by_writer)
+    run(tmp_path / "source", tokenizer_path, tmp_path / "2", processes=2)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
 def test_nor_on_the_engine_or_the_size_of_units(corpus, tokenizer_path, tmp_path, monkeypatch):
@@ -355,15 +373,16 @@ def test_killed_twenty_times_and_restarted(tmp_path, tokenizer_path, processes):
 
 
 def test_a_killed_worker_ends_the_run_loudly(corpus, tokenizer_path, tmp_path, monkeypatch, small_units):
-    read = text_sources.JsonLines.read
+    parse, units = text_sources._parse, []
 
-    def die(self, index, fields):
-        if "train_3" in str(self.path):
+    def die(*args):
+        units.append(args)
+        if len(units) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, index, fields)
+        parse(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(text_sources.JsonLines, "read", die)
+        patch.setattr(text_sources, "_parse", die)
         with pytest.raises(ChildProcessError, match="a worker process died"):
             run(corpus[0], tokenizer_path, tmp_path / "a", processes=2)
     assert not read_manifest(tmp_path / "a", "train_slimpajama").complete
