@@ -1,6 +1,7 @@
 """Teach a draft what its target would say: the more alike they are, the more guesses stay.
 
-    python speculative_decoding/distill.py --target_dir out/target --draft_dir out/120m --prompts texts --out_dir taught
+    python speculative_decoding/distill.py --target_dir out/target --draft_dir out/120m --train_data_dir data/packed \
+        --train_mix '{"train_star": 1}' --out_dir out/taught
 
 The target continues pieces of texts, greedily and by sampling, and at every token of what comes out the draft is pulled
 towards the target's whole distribution, KL(target || draft) (Zhou et al. 2023, arXiv:2310.08461): 32,000 numbers where
@@ -9,7 +10,6 @@ the text itself says only one. The target's own words are what a draft will have
 R rows, T tokens of each, V ids.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,9 +22,9 @@ from lit_gpt.hf_tokenizer import copy_tokenizer
 from lit_gpt.kernels import select_kernels
 from lit_gpt.model import GPT
 from lit_gpt.optim import clip_and_step, lr_at, param_groups
+from lit_gpt.packed_dataset import PackedDataset
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained, refuse_other_tokenizer, write_lit
 from lit_gpt.speculative import refuse_different_tokenizers
-from lit_gpt.text_sources import ANY_TEXT, Fields, find_files, open_source
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.weights import whole_folder
 
@@ -32,11 +32,12 @@ from lit_gpt.weights import whole_folder
 def main(
     target_dir: Path,
     draft_dir: Path,
-    prompts: Path,
+    train_data_dir: Path,
+    train_mix: dict[str, float],
     out_dir: Path,
     prompt_tokens: int = 64,
     new_tokens: int = 192,
-    max_texts: int = 8192,
+    texts: int = 8192,
     temperatures: list[float] = (0.0, 1.0),
     steps: int = 256,
     batch_size: int = 64,
@@ -50,17 +51,17 @@ def main(
     Args:
         target_dir: The model whose text will be wanted: whatever scripts/generate.py takes.
         draft_dir: A smaller model with the same tokenizer, best one that has learnt from the same texts.
-        prompts: Texts to begin from, best those of the training: a file or folder, as scripts/prepare_dataset.py takes,
-            texts in a field "text".
+        train_data_dir: Folder with the packed shards that the target was trained on, as pretrain/tinyllama.py takes it.
+        train_mix: Prefix of shards -> its share of the pieces.
         out_dir: Of the taught draft, with the tokenizer; appears when all is done.
-        prompt_tokens: Length of a piece of text, which the target continues ...
+        prompt_tokens: Length of a piece of these texts, which the target continues ...
         new_tokens: ... by so many.
-        max_texts: Pieces to take, at random.
+        texts: Pieces to take, at random.
         temperatures: Of the continuations, in equal shares: those that the draft will be used at; 0 is greedy.
         steps: Optimizer steps. With the defaults every row is seen twice.
         batch_size: Rows in a step.
         learning_rate: Peak, after a tenth of the steps; it falls to a tenth.
-        seed: Of pieces, samples and order.
+        seed: Of the choice of pieces, of samples and order.
         device: cpu or cuda; auto takes a GPU if there is one.
         overwrite: Replace out_dir if it exists.
     """
@@ -76,19 +77,20 @@ def main(
     longest = min(found.config.block_size, found_draft.config.block_size)
     if prompt_tokens + new_tokens > longest:
         raise ValueError(f"--prompt_tokens and --new_tokens: {prompt_tokens} + {new_tokens} exceed {longest} tokens")
+    what = dict(seed=seed, vocab_size=found.config.vocab_size)
+    data = PackedDataset(train_data_dir, train_mix, prompt_tokens - 1, **what)  # sequences have a token more
+    if data.tokenizer and data.tokenizer["sha256"] != tokenizer.sha256:
+        raise ValueError(f"{train_data_dir} was made with another tokenizer than {target_dir}")
+    starts = data.tokens(range(texts))
 
     with whole_folder(out_dir, overwrite) as folder:
         generator = torch.Generator().manual_seed(seed)
-        starts = torch.tensor(list(pieces(prompts, tokenizer, prompt_tokens)))
-        if not len(starts):
-            raise ValueError(f"--prompts {prompts}: no text has {prompt_tokens} tokens")
-        starts = starts[torch.randperm(len(starts), generator=generator)[:max_texts]]
 
-        def load(which: Pretrained, dtype: torch.dtype) -> GPT:
+        def load(which: Pretrained, weights_dtype: torch.dtype) -> GPT:
             c = which.config
             heads = (c.n_head, c.n_query_groups, c.head_size)
-            what = dict(device=torch.device(device), dtype=dtype, heads=heads, training=False)
-            return load_model(which, select_kernels("auto", **what), device, dtype)
+            kernels = select_kernels("auto", device=torch.device(device), dtype=dtype, heads=heads, training=False)
+            return load_model(which, kernels, device, weights_dtype)
 
         target = load(found, dtype)
         rows = continued(target, starts, new_tokens, temperatures, torch.Generator(device).manual_seed(seed))
@@ -99,20 +101,6 @@ def main(
         write_lit(Pretrained(folder, found_draft.config, draft.state_dict()), folder)
         copy_tokenizer(found.tokenizer, folder)
     print(f"{out_dir}: the draft, taught for {steps:,} steps by {len(rows):,} texts of the target")
-
-
-def pieces(path: Path, tokenizer: Tokenizer, n_tokens: int) -> Iterator[list[int]]:
-    """The ids of every text, n_tokens at a time."""
-    for file in find_files(path, ANY_TEXT):
-        source, index, unit = open_source(file), 0, None
-        while unit is None or not unit.last:
-            unit, index = source.read(index, Fields()), index + 1
-            if unit.bad:
-                row, problem = unit.bad[0]
-                raise ValueError(f"--prompts {file}: record {row} of part {index}: {problem}")
-            for text in unit.texts:
-                ids = tokenizer.encode(text, bos=False, eos=False)
-                yield from (ids[i : i + n_tokens] for i in range(0, len(ids) - n_tokens + 1, n_tokens))
 
 
 def continued(

@@ -15,7 +15,7 @@ from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
 from lit_gpt.speculative import Speculator, accept, refuse_different_tokenizers
 from lit_gpt.tokenizer import Tokenizer
-from tests.tiny import ROOT, TINY, random_weights, write_lit_folder
+from tests.tiny import ROOT, TINY, random_weights, run_script, write_lit_folder
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8, 8, 8]]
 
@@ -268,19 +268,21 @@ def test_graphs_of_whole_passes_equal_the_target_alone(draft):
     assert [len(row) for row in samples] == [12] * 8 and len(set(map(tuple, samples))) > 4
 
 
-def test_a_taught_draft_guesses_better(tmp_path):
+def test_a_taught_draft_guesses_better(tmp_path, tokenizer_cache):
     script = runpy.run_path(str(ROOT / "speculative_decoding" / "distill.py"))
     write_lit_folder(tmp_path / "target")
     write_lit_folder(tmp_path / "draft", n_layer=1, n_embd=32, n_head=2)
-    texts, out = tmp_path / "texts.jsonl", tmp_path / "taught"
+    tokenizer, taught = Tokenizer(tmp_path / "target"), tmp_path / "taught"
     text = "once upon a time there was a text that is long enough"
-    texts.write_text(json.dumps({"text": text}) + '\n{"text": "x"}\n')
-    settings = dict(prompt_tokens=4, new_tokens=20, temperatures=[0.0], batch_size=8, device="cpu")
-    script["main"](tmp_path / "target", tmp_path / "draft", texts, out, steps=150, learning_rate=1e-2, **settings)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    flags = ("--source_path", tmp_path / "texts.jsonl", "--tokenizer_path", tmp_path / "target")
+    run_script("prepare_dataset.py", *flags, "--destination_path", tmp_path / "packed", "--prefix", "texts")
+    where = (tmp_path / "target", tmp_path / "draft", tmp_path / "packed", {"texts": 1.0})
+    settings = dict(prompt_tokens=4, new_tokens=20, texts=16, temperatures=[0.0], batch_size=8, device="cpu")
+    script["main"](*where, taught, steps=150, learning_rate=1e-2, **settings)
     target, before, after = (load_model(open_pretrained(tmp_path / n)) for n in ("target", "draft", "taught"))
-    tokenizer = Tokenizer(open_pretrained(out).tokenizer)
-    refuse_different_tokenizers(open_pretrained(tmp_path / "target"), open_pretrained(out))
-    prompt = tokenizer.encode(text, bos=False, eos=False)[:4]
+    refuse_different_tokenizers(open_pretrained(tmp_path / "target"), open_pretrained(taught))
+    prompt = tokenizer.encode(text, bos=True, eos=False)[:4]
     accepted = []
     for draft in (before, after):
         speculator = Speculator(target, draft, 4)
@@ -290,13 +292,10 @@ def test_a_taught_draft_guesses_better(tmp_path):
         accepted.append(speculator.stats.acceptance_rate)
     assert accepted[0] < 0.2 and accepted[1] > 0.6
 
-    with pytest.raises(ValueError, match="no text has 40 tokens"):
-        script["main"](
-            tmp_path / "target", tmp_path / "draft", texts, tmp_path / "b", **{**settings, "prompt_tokens": 40}
-        )
     with pytest.raises(ValueError, match="4 . 61 exceed 64 tokens"):
-        script["main"](tmp_path / "target", tmp_path / "draft", texts, tmp_path / "b", **{**settings, "new_tokens": 61})
-    texts.write_text('{"words": "x"}\n')
-    with pytest.raises(ValueError, match="texts.jsonl: record 0"):
-        script["main"](tmp_path / "target", tmp_path / "draft", texts, tmp_path / "b", **settings)
+        script["main"](*where, tmp_path / "b", **{**settings, "new_tokens": 61})
+    manifest = tmp_path / "packed" / "texts.manifest.json"
+    manifest.write_text(manifest.read_text().replace(tokenizer.sha256, "0" * 64))
+    with pytest.raises(ValueError, match="packed was made with another tokenizer than"):
+        script["main"](*where, tmp_path / "b", **settings)
     assert not (tmp_path / "b").exists() and not (tmp_path / "b.tmp").exists()
