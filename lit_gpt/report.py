@@ -114,6 +114,9 @@ def read_evaluation(file: Path) -> Evaluation:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table; "" where it would have no rows."""
+    if not rows:
+        return ""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -30,6 +30,7 @@ from lit_gpt.report import (
 # Commonsense averages by tokens, from TinyLlama's EVAL.md (see EVAL.md here).
 TINYLLAMA = [(103e9, 46.11), (503e9, 48.28), (1007e9, 50.22), (1.5e12, 51.29), (2e12, 51.64)]
 TINYLLAMA += [(2.5e12, 53.86), (3e12, 52.99)]
+NOTHING = "None yet."
 
 
 def main(
@@ -78,10 +79,11 @@ def write_report(
     if update is not None:
         text = update.read_text(encoding="utf-8")
         for name, table in tables.items():
-            text = replace_between_marks(text, name, table)
+            text = replace_between_marks(text, name, table or NOTHING)
         update.write_text(text, encoding="utf-8")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tables.md").write_text("\n\n".join(tables.values()) + "\n", encoding="utf-8")
+    found = "\n\n".join(table for table in tables.values() if table)
+    (out / "tables.md").write_text(f"{found or NOTHING}\n", encoding="utf-8")
     if curves:
         plot_loss(curves, out / "loss.png")
     plot_scores(runs, out / "scores.png", {"TinyLlama, published": TINYLLAMA} if references else None)

@@ -49,7 +49,7 @@ def test_tables_say_what_the_results_files_say(tmp_path):
     assert release[2] == "| 2026-01-02 | run/step-00000005 | 5M | 5 | 43.00 (200 questions a task) |"
     row = score_table(runs, COMMONSENSE, mean=True).splitlines()[2]
     assert row.startswith("| run/step-00000005 | 5M | 40.00 ± 2.00 | 41.00 ± 2.00 |") and row.endswith("| 43.00 |")
-    assert len(score_table(runs, {"mmlu": "MMLU"}, mean=False).splitlines()) == 2
+    assert score_table(runs, {"mmlu": "MMLU"}, mean=False) == ""
 
 
 def test_report_updates_tables_in_place_and_overlays_runs(tmp_path):
@@ -64,6 +64,9 @@ def test_report_updates_tables_in_place_and_overlays_runs(tmp_path):
     assert once.startswith("before") and once.endswith("after\n") and "old" not in once and "43.00" in once
     assert run_script("report.py", *flags) == 0 and page.read_text() == once
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"report.html", "loss.png", "scores.png", "tables.md"}
+    assert "<!-- instruct -->\n\nNone yet.\n\n<!-- /instruct -->" in once
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    assert "avg" in tables and "MMLU" not in tables, "a table without rows"
     assert (tmp_path / "out" / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
