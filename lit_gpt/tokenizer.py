@@ -181,8 +181,15 @@ class _TokenizersModel:
         """tokenizer_config.json beside the file says which token it is; without one, the first usual name."""
         config_file = path.with_name("tokenizer_config.json")
         if config_file.is_file():
-            token = json.loads(config_file.read_text()).get(key)
-            usual = () if token is None else (token["content"] if isinstance(token, dict) else token,)
+            try:
+                config = json.loads(config_file.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{config_file}: broken JSON ({error}); fetch it again, or delete it") from error
+            token = config.get(key) if isinstance(config, dict) else config
+            token = token.get("content", token) if isinstance(token, dict) else token
+            if not isinstance(token, str | None):
+                raise ValueError(f"{config_file}: {key} is {token!r}, not the text of a token; mend it, or delete it")
+            usual = () if token is None else (token,)
         return next((i for name in usual if (i := self.processor.token_to_id(name)) is not None), None)
 
     def encode(self, text: str) -> list[int]:

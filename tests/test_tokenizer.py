@@ -220,6 +220,33 @@ def test_a_json_tokenizer_without_delimiters_refuses_to_place_them(tmp_path):
         tokenizer.encode("a", bos=True, eos=False)
 
 
+@pytest.mark.parametrize(
+    ("config", "bos"),
+    [
+        (b'{"bos_token": "<s>"}', 0),
+        (b'{"bos_token": {"content": "<s>"}}', 0),
+        (b'{"bos_token": null}', None),
+        (b'{"bos_token": ', "broken JSON"),
+        (b"\xff", "broken JSON"),
+        (b"", "broken JSON"),
+        (b"[]", "bos_token is \\[\\], not the text"),
+        (b'{"bos_token": 7}', "bos_token is 7, not the text"),
+        (b'{"bos_token": {"lstrip": false}}', "bos_token is {.*}, not the text"),
+    ],
+)
+def test_the_configuration_beside_a_json_tokenizer_names_its_delimiters(tmp_path, config, bos):
+    from tokenizers import Tokenizer as Plain
+    from tokenizers import models
+
+    Plain(models.BPE({"<s>": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_bytes(config)
+    if isinstance(bos, str):
+        with pytest.raises(ValueError, match=f"{tmp_path}/tokenizer_config.json: {bos}"):
+            Tokenizer(tmp_path)
+    else:
+        assert Tokenizer(tmp_path).bos_id == bos
+
+
 def test_train_tokenizer_says_what_is_wrong(tmp_path):
     script = train_tokenizer_script()
     (tmp_path / "a.txt").write_text("too little")
