@@ -22,7 +22,8 @@ def parse(component: Callable, argv: list[str] | None = None) -> Any:
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Half of the time of parsing goes into finding the strings below fields, and only --help shows them.
+    set_parsing_settings(docstring_parse_attribute_docstrings=not {"-h", "--help"}.isdisjoint(argv or sys.argv))
     description = inspect.getdoc(component).split("\n\nArgs:")[0]  # each argument is explained at its flag
     parser = ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of flags; later flags override it.")
