@@ -8,13 +8,19 @@ Everything that decides the result is a field of TrainArgs. A run lives in out/<
 and checkpoints step-00005000/. `--help` lists all flags, `--print_config` shows what a command line amounts to.
 """
 
+import sys
+
+from lit_gpt import precompile
+
+if __name__ == "__main__":
+    precompile.begin(sys.argv)  # the kernels, while the libraries below are imported
+
 import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator

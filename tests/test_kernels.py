@@ -21,7 +21,6 @@ from lit_gpt.kernels import (
     ComputeWeights,
     cross_entropy,
     linear,
-    precompile,
     rmsnorm,
     rope,
     select_kernels,
@@ -452,83 +451,3 @@ def test_a_package_that_was_named_and_is_missing_is_an_import_error(monkeypatch)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(ImportError, match="pip install xformers"):
         select_kernels("xformers", device=DEVICE, dtype=torch.bfloat16)
-
-
-# --- compiling ahead -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_compiling_ahead_is_done_once(monkeypatch, tmp_path):
-    """With a flash-attn-4 whose functions are written here, as on a machine with a Hopper GPU."""
-    works = f"""
-def _flash_attn_fwd(q, k, v, causal, return_lse):
-    assert (q.shape, k.shape, q.device.type) == ((1, 256, 4, 64), (1, 256, 2, 64), "cuda")
-    open("{tmp_path}/forward", "a").write("x")
-
-
-def _flash_attn_bwd(q, k, v, out, dout, lse, causal):
-    open("{tmp_path}/backward", "a").write("x")
-"""
-    packages = tmp_path / "packages"
-    for name, text in {
-        "quack/cache.py": "from torch._subclasses.fake_tensor import FakeTensorMode as compile_only_mode",
-        "flash_attn/cute/__init__.py": "flash_attn_func = flash_attn_varlen_func = None",
-    }.items():
-        (packages / name).parent.mkdir(parents=True)
-        (packages / name).write_text(text)
-    monkeypatch.setattr(precompile, "_version", lambda package: "0.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setenv("QUACK_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{os.getcwd()}")
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # of the same second and size, it would pass for the next text's
-    # In this process, as in any without these packages, the import fails, which matters to nobody.
-    left = []
-    for interface in (works + "    raise RuntimeError", works, works):
-        (packages / "flash_attn/cute/interface.py").write_text(interface)
-        precompile.precompile(["fa4"], (4, 2, 64), torch.device("cuda", 0), torch.bfloat16)
-        left.append({path.suffix for path in (tmp_path / "cache").iterdir()})
-    assert left == [{".lock"}, {".lock", ""}, {".lock", ""}]  # what failed is tried again
-    assert (tmp_path / "forward").read_text() == (tmp_path / "backward").read_text() == "xx"
-
-
-@pytest.mark.gpu
-def test_what_was_precompiled_is_what_a_step_calls(tmp_path):
-    """In a process that finds empty caches, all CuTe kernels of a step come from the disk."""
-    if kernels._usable("quack", DEVICE, torch.bfloat16) or usable("fa4", DEVICE, torch.bfloat16):
-        pytest.skip("flash-attn-4 or quack-kernels is missing")
-    caches = {"QUACK_CACHE_DIR": str(tmp_path / "quack"), "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(tmp_path / "fa4")}
-    done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, env={**os.environ, **caches})
-    assert done.stdout == "8 before, 8 after\n", done.stderr[-2000:]
-
-
-STEP = """
-import os
-from pathlib import Path
-
-import torch
-
-from lit_gpt.config import Config
-from lit_gpt.kernels import select_kernels
-from lit_gpt.model import GPT
-
-
-def compiled():
-    return sum(len(list(Path(os.environ[v]).rglob("*.o"))) for v in
-               ("QUACK_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"))
-
-
-device = torch.device("cuda")
-selected = select_kernels("quack+fa4", device=device, dtype=torch.bfloat16, heads=(4, 2, 64))
-before = compiled()
-config = Config(n_layer=2, n_head=4, n_query_groups=2, n_embd=256, intermediate_size=512, block_size=512,
-                vocab_size=512)
-with device:
-    model = GPT(config, selected)
-model.init_weights(1)
-model.compute_in(torch.bfloat16)
-idx = torch.randint(512, (2, 512), device=device)
-for _ in range(2):
-    model(idx, idx).backward()
-torch.cuda.synchronize()
-print(before, "before,", compiled(), "after")
-"""

@@ -15,7 +15,7 @@ ORDER = [
     *("interrupt", "hub"),
     # floor 1
     *("model", "int8", "prepare", "weights", "hf_tokenizer", "hf", "gguf_file", "speed_monitor", "chat_template"),
-    "chat_data",
+    *("chat_data", "precompile"),
     # floor 2
     *("checkpoint", "pretrained", "model_card", "hf_folder", "release", "decoder", "generate", "perplexity"),
     *("scoring", "sandbox", "evaluation", "contamination", "report", "speculative", "lora", "retrieval", "chat"),

@@ -8,7 +8,10 @@ A backend is chosen once, here; it appears neither in Config nor in a parameter'
 """
 
 import importlib.util
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -94,8 +97,6 @@ def select_kernels(
     if name == "torch":
         attention_name = "torch"
 
-    from lit_gpt.kernels.precompile import precompile  # here, since it is also run as a program
-
     # By measurement on an H100.
     rest_order = ("quack", "triton", "torch") if training and not fp8 else ("triton", "torch")
     order = ("fa4", "cudnn", "fa2", "flash", "torch")[0 if training else 1 :]
@@ -103,7 +104,8 @@ def select_kernels(
         order[0] if attention_name == "auto" else attention_name,
         rest_order[0] if rest_name == "auto" else rest_name,
     ]
-    precompile(first, heads, device, dtype)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and dtype == torch.bfloat16:
+        _compile_ahead({"fa4", "quack"}.intersection(first), heads)
     rest, why_rest = _choose(rest_name, rest_order, lambda n: _usable(n, device, dtype))
     attend, why_attend = _choose(attention_name, order, lambda n: _attention.usable(n, device, dtype, heads))
     functions = {"attention": _attention.load(attend)}
@@ -121,6 +123,24 @@ def select_kernels(
         backends["swiglu_mlp"] = "quack"
     choices = (("attention", attend, why_attend), *((op, backend, why_rest) for op, backend in backends.items()))
     return Kernels(**functions, compile_blocks=rest == "compile", choices=choices)
+
+
+def _compile_ahead(backends: Collection[str], heads: tuple[int, int, int]) -> None:
+    """Let the program lit_gpt/precompile.py compile flash-attn-4's and quack's kernels for Hopper side by side, or wait
+    for the one that the script has begun; without it each would be compiled where it is first called."""
+    if not backends:
+        return
+    command = [sys.executable, "-m", "lit_gpt.precompile", "--capability", "9.0", "--heads", *map(str, heads)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as program:
+        with suppress(Exception):  # imports meanwhile; whatever a foreign package raises here, it will where it is used
+            if "fa4" in backends:
+                _attention.load("fa4")
+            if "quack" in backends:
+                import lit_gpt.kernels.quack_mlp  # noqa: F401
+        try:
+            program.wait(120)
+        except subprocess.TimeoutExpired:
+            program.kill()
 
 
 def _choose(name: str, fastest_first: tuple[str, ...], why_not: Callable[[str], str]) -> tuple[str, str]:
