@@ -13,6 +13,7 @@ python scripts/benchmark.py prepare --source_path SlimPajama --tokenizer_path to
 Times of steps are medians. Tables go to stdout, and with --json FILE the same as JSON to a file.
 """
 
+# ruff: noqa: E402 (the clock starts before the imports)
 import sys
 import time
 
