@@ -446,8 +446,20 @@ def test_a_backend_that_was_named_must_work():
     assert select_kernels("torch", device=device, dtype=torch.float32).attention is attention
 
 
-@pytest.mark.gpu
-def test_a_package_that_was_named_and_is_missing_is_an_import_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    with pytest.raises(ImportError, match="pip install xformers"):
-        select_kernels("xformers", device=DEVICE, dtype=torch.bfloat16)
+@pytest.mark.parametrize("name, command", [("fa2", "pip install flash-attn"), ("xformers", "pip install xformers")])
+def test_a_package_that_was_named_and_is_missing_is_an_import_error(monkeypatch, name, command):
+    monkeypatch.setitem(sys.modules, {"fa2": "flash_attn", "xformers": "xformers.ops"}[name], None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    with pytest.raises(ImportError, match=f"kernels {name!r}: not installed: {command}"):
+        select_kernels(f"{name}+torch", device=torch.device("cuda"), dtype=torch.bfloat16)
+
+
+def test_a_package_that_does_not_import_says_so(monkeypatch, tmp_path):
+    """As xformers 0.0.35 beside flash-attn-4: it finds a flash_attn, of the other kind."""
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers/__init__.py").write_text("")
+    (tmp_path / "xformers/ops.py").write_text("from flash_attn.flash_attn_interface import nothing")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    with pytest.raises(ValueError, match="'xformers': is installed, but does not import here .*flash_attn"):
+        select_kernels("xformers+torch", device=torch.device("cuda"), dtype=torch.bfloat16)

@@ -4,6 +4,7 @@ B batch, T query positions, S key positions, H query heads, G key/value heads (H
 """
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -159,10 +160,13 @@ def usable(name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int
     if device.type != "cuda":
         return "needs a CUDA GPU"
     try:
+        backend = load(name)
         H, G, D = heads
         q, k, v = (torch.randn(1, 256, n, D, device=device, dtype=dtype, requires_grad=True) for n in (H, G, G))
-        load(name)(q, k, v).sum().backward()
+        backend(q, k, v).sum().backward()
     except ImportError as e:
+        if name == "xformers" and importlib.util.find_spec("xformers"):  # 0.0.35 beside flash-attn-4, for one
+            return f"is installed, but does not import here ({e}); `auto` needs no package but torch"
         return f"not installed: {INSTALL[name]} ({e})"
     except Exception as e:  # whatever a foreign package raises, it does not work here
         return f"fails here: {str(e).strip().splitlines()[0][:80] if str(e).strip() else type(e).__name__}"
