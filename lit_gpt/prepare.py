@@ -6,7 +6,8 @@ alone: not on the number of processes, nor on how often the work was interrupted
 
 Workers take units (lit_gpt/text_sources.py) and give back tokens; one writer puts them in order, fills shards and keeps
 a journal, `{prefix}.journal.jsonl`, of what is safely on the disk. After a kill the same command goes on from there.
-The manifest says `complete: false` until everything is written.
+The manifest says `complete: false` until everything is written. Files are read by the workers, but a large compressed
+one, which cannot be entered in the middle, by the writer, once for all of them.
 """
 
 import fcntl
@@ -297,7 +298,7 @@ def _plan(
             small_files.append((source, 0))
             size += file_size
         elif units >= processes and isinstance(file, JsonLines) and file.compressed:
-            # Each worker would decompress all of it for its share.
+            # Each worker would decompress all that comes before its share.
             index, last = begin, False
             while not last:
                 block = file.block(index)
