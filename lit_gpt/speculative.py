@@ -124,7 +124,7 @@ class ModelDraft:
     def guess(
         self, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor, noise: torch.Tensor, choice: Choice
     ) -> tuple[torch.Tensor, list]:
-        """k guesses of what follows `last`, (B, k), and the evidence of each.
+        """`last` and k guesses of what follows it, (B, k + 1), and the evidence of each guess.
 
         Args:
             before, last: (B,) the last two tokens. The last but one may be a guess that this model has not read yet.
@@ -132,17 +132,17 @@ class ModelDraft:
             noise: (k, B, V) to draw with.
         """
         idx = torch.stack((before, last), 1)
-        guesses, evidence = [], []
+        ids, evidence = [last], []
         for i, clock in enumerate(noise):
             ahead = i if i else -1
             logits = self.decoder.forward(self._known(idx), position, ahead, only_last=True)[:, 0, : self.vocab_size]
             if logits.size(1) < self.vocab_size:  # what it does not know it never guesses
                 logits = F.pad(logits, (0, self.vocab_size - logits.size(1)), value=-torch.inf)
             guess, why = choice.draw(logits, clock)
-            guesses.append(guess)
+            ids.append(guess)
             evidence.append(why)
             idx = guess[:, None]
-        return torch.stack(guesses, 1), evidence
+        return torch.stack(ids, 1), evidence
 
     def _known(self, idx: torch.Tensor) -> torch.Tensor:
         """Tables of embeddings are padded to different sizes."""
@@ -186,7 +186,7 @@ class NgramDraft:
         found = (agreement * text.size(1) + slots * (agreement > 0)).argmax(1, keepdim=True)  # (B, 1)
         # Beyond the end the text is taken to repeat itself.
         steps = torch.arange(len(noise), device=text.device)[None] % (at - found).clamp(min=1)
-        return text.gather(1, found + 1 + steps), None
+        return torch.cat((last[:, None], text.gather(1, found + 1 + steps)), 1), None
 
     def read(self, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor) -> None:
         """As ModelDraft.read."""
@@ -514,16 +514,17 @@ class _Passes:
         """Move on from (before, last, position). Returns (B, k + 2): kept, the guesses, the token after."""
         before, last, position = self.before, self.last, self.position
         exponential, uniform = self.noise[k]
-        idx = last[:, None]
+        idx, evidence = last[:, None], None
         if k:
-            guesses, evidence = self.draft.guess(before, last, position, exponential[:k], self.choice)
-            idx = torch.cat((idx, guesses), 1)
+            idx, evidence = self.draft.guess(before, last, position, exponential[:k], self.choice)
         logits = self.target.forward(idx, position)
         if k:
-            kept, token = judge(self.choice, logits, guesses, evidence, uniform, exponential[k])
+            kept, token = judge(self.choice, logits, idx[:, 1:], evidence, uniform, exponential[k])
         else:
             kept, token = torch.zeros_like(last), self.choice.draw(logits[:, 0], exponential[0])[0]
         self.draft.keep(position, idx[:, 1:], kept, token)
+        if isinstance(self.choice, FusedChoice):
+            return self.choice.kernels.settle(idx, kept, token, before, last, position)
         result = torch.cat((kept[:, None], idx[:, 1:], token[:, None]), 1)
         before.copy_(idx.gather(1, kept[:, None])[:, 0])
         last.copy_(token)

@@ -141,6 +141,15 @@ def test_accept_equals_its_reference(decode, temperature, sure):
     assert {0, k} <= set(want[0].tolist())
 
 
+def test_settle(decode):
+    idx = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]], device=DEVICE)
+    kept, token = torch.tensor([0, 2], device=DEVICE), torch.tensor([20, 21], device=DEVICE)
+    before, last, position = (torch.tensor(x, device=DEVICE) for x in ([1, 2], [3, 7], [11, 12]))
+    result = decode.settle(idx, kept, token, before, last, position)
+    assert result.tolist() == [[0, 4, 5, 6, 20], [2, 8, 9, 10, 21]]
+    assert [t.tolist() for t in (before, last, position)] == [[3, 9], [20, 21], [12, 15]]
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -153,13 +162,13 @@ SIZES = dict(
     SLOTS=16, BLOCK_T=2, BLOCK_S=64, PAIR=True, SLICES=8, BLOCKS=2, C=2048, V=32000, GUESSES=16
 )
 FLAGS = ("GATED", "INT8", "TALL", "ALONE", "SUM", "NOISE", "GREEDY", "SURE")
-INTEGERS = "M N T S G k ahead row_stride table_rows stride p_batch p_row q_batch q_row".split()
+INTEGERS = "M N T S G k ahead row_stride table_rows stride guesses_row p_batch p_row q_batch q_row".split()
 FLOATS = ("cos", "sin", "cos_here", "sin_here", "partial", "scale", "up_scale", "noise", "uniform", "log_sum")
 FLOATS += ("p_log_sum", "q_log_sum")
-LONGS = ("idx", "position", "positions", "ids", "guesses", "p_largest", "kept_out", "token_out")
+LONGS = "idx position positions ids guesses p_largest kept_out token_out kept token before last result".split()
 TYPES = dict(eps="fp32", inverse_temperature="fp32", arrivals="*i32") | dict.fromkeys(INTEGERS, "i32")
 TYPES |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(LONGS, "*i64")
-names = "_linear_one_row _linear_few_rows _begin _rope_into_cache _attend _draw _accept".split()
+names = "_linear_one_row _linear_few_rows _begin _rope_into_cache _attend _draw _accept _settle".split()
 for kernel in (getattr(decode, name) for name in names):
     for flag in (True, False):
         sizes = {**SIZES, **dict.fromkeys(FLAGS, flag), "SPLITS": 1 + 7 * flag}
@@ -179,4 +188,4 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here():
     pytest.importorskip("triton", reason="the decoding kernels need triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.stdout == "7 kernels\n", done.stderr[-2000:]
+    assert done.stdout == "8 kernels\n", done.stderr[-2000:]

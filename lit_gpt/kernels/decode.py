@@ -605,16 +605,56 @@ def accept(
     """
     B, k = guesses.shape
     V = p.size(2)
-    assert p.stride(2) == 1 and (q is None or (q.stride(2) == 1 and q.size(2) == V))
+    assert guesses.stride(1) == 1 and p.stride(2) == 1 and (q is None or (q.stride(2) == 1 and q.size(2) == V))
     kept, token = (torch.empty(B, dtype=torch.int64, device=p.device) for _ in range(2))
     pdl = has_pdl(p.device)
     _accept[(B,)](
         p, p_log_sum, p_largest, p if q is None else q, p_log_sum if q is None else q_log_sum, guesses, uniform, noise,
-        kept, token, k, p.stride(0), p.stride(1), 0 if q is None else q.stride(0), 0 if q is None else q.stride(1),
+        kept, token, k, guesses.stride(0), *p.stride()[:2], *((0, 0) if q is None else q.stride()[:2]),
         1 / (temperature or 1), V=V, GREEDY=temperature == 0, SURE=q is None, GUESSES=16, PDL=pdl,
         BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=32, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return kept, token
+
+
+def settle(
+    idx: torch.Tensor,
+    kept: torch.Tensor,
+    token: torch.Tensor,
+    before: torch.Tensor,
+    last: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """The end of a pass of speculative decoding, in one launch: move the last two tokens of each row and the position
+    of the last, (B,) int64, behind what stays.
+
+    Args:
+        idx: (B, k + 1) int64, `last` and the guesses, of which `kept` (B,) stay, followed by `token` (B,).
+
+    Returns:
+        (B, k + 2) int64: kept, the guesses, token.
+    """
+    (B, T), pdl = idx.shape, has_pdl(idx.device)
+    result = torch.empty(B, T + 1, dtype=torch.int64, device=idx.device)
+    assert idx.is_contiguous()
+    launch = {"launch_pdl": True} if pdl else {}
+    _settle[(B,)](idx, kept, token, before, last, position, result, T, PDL=pdl, BLOCK=16, num_warps=1, **launch)
+    return result
+
+
+@triton.jit
+def _settle(idx, kept, token, before, last, position, result, T, PDL: tl.constexpr, BLOCK: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    n, new = tl.load(kept + b), tl.load(token + b)
+    tl.store(result + b * (T + 1) + j, tl.where(j == 0, n, tl.load(idx + b * T + j, j < T, other=0)), j < T)
+    tl.store(result + b * (T + 1) + T, new)
+    tl.store(before + b, tl.load(idx + b * T + n))
+    tl.store(last + b, new)  # after idx was read, which without guesses is `last` itself
+    tl.store(position + b, tl.load(position + b) + n + 1)
 
 
 @triton.jit
@@ -659,7 +699,7 @@ def _first_largest(values, where, V):
 @triton.jit
 def _accept(
     p, p_log_sum, p_largest, q, q_log_sum, guesses, uniform, noise, kept_out, token_out,
-    k, p_batch, p_row, q_batch, q_row, inverse_temperature,
+    k, guesses_row, p_batch, p_row, q_batch, q_row, inverse_temperature,
     V: tl.constexpr, GREEDY: tl.constexpr, SURE: tl.constexpr, GUESSES: tl.constexpr, PDL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -668,7 +708,7 @@ def _accept(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    guess = tl.load(guesses + b * k + j, j < k, other=0)
+    guess = tl.load(guesses + b * guesses_row + j, j < k, other=0)
     if GREEDY:
         fits = guess == tl.load(p_largest + b * (k + 1) + j, j < k, other=0)
     else:
@@ -690,7 +730,7 @@ def _accept(
         log_sum = tl.load(p_log_sum + b * (k + 1) + kept)
         wrong = kept < k
         if SURE:
-            taken = tl.load(guesses + b * k + kept, wrong, other=-1)
+            taken = tl.load(guesses + b * guesses_row + kept, wrong, other=-1)
         else:
             q_log = tl.load(q_log_sum + b * k + kept, wrong, other=0.0)
         for start in tl.static_range(0, V, BLOCK):
