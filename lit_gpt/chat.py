@@ -95,7 +95,7 @@ class ChatModel:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-        kernels = select_kernels("auto", device=torch.device(device), dtype=dtype)
+        kernels = select_kernels("auto", device=torch.device(device), dtype=dtype, training=False)
         folder = folder.resolve()
         name = folder.parent.name if folder.name in ("hf", "adapters") else folder.name
         return cls(load_model(found, kernels, device, dtype), chosen, name)
