@@ -98,7 +98,8 @@ def main(
         if dtype != torch.float32:
             draft.compute_in(dtype)
         teach(target, draft, rows, steps, batch_size, learning_rate, generator)
-        write_lit(Pretrained(folder, found_draft.config, draft.state_dict()), folder)
+        weights = {name: w.cpu() for name, w in draft.state_dict().items()}
+        write_lit(Pretrained(folder, found_draft.config, weights), folder)
         copy_tokenizer(found.tokenizer, folder)
     print(f"{out_dir}: the draft, taught for {steps:,} steps by {len(rows):,} texts of the target")
 
