@@ -366,9 +366,7 @@ def cached_attention(
     # The tables have T rows, or B·T.
     tables = (cos.contiguous(), sin.contiguous(), cos.numel() // cos.size(-1))
     padded_queries = triton.next_power_of_2(queries)
-    block_t = max(1, (16 if T * padded_queries <= 16 else 64) // padded_queries)
-    while block_t * padded_queries < 16:
-        block_t *= 2
+    block_t = max(1, min(64, max(16, triton.next_power_of_2(T * padded_queries))) // padded_queries)
     tiles = triton.cdiv(T, block_t)
     alone = tiles == 1 and T <= 16  # all new tokens are in one tile, whose programs can rotate and write them
     q = qkv
