@@ -268,6 +268,7 @@ def test_graphs_of_whole_passes_equal_the_target_alone(draft):
     assert [len(row) for row in samples] == [12] * 8 and len(set(map(tuple, samples))) > 4
 
 
+@pytest.mark.slow
 def test_a_taught_draft_guesses_better(tmp_path, tokenizer_cache):
     script = runpy.run_path(str(ROOT / "speculative_decoding" / "distill.py"))
     write_lit_folder(tmp_path / "target")
