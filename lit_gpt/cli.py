@@ -41,6 +41,8 @@ def one_line_errors() -> Iterator[None]:
     Warnings take one line, too. LIT_TRACEBACK=1 in the environment shows where an error was raised.
     """
     warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"warning: {message}\n"
+    # Lightning advises srun wherever it is installed, also outside of SLURM jobs; PRETRAIN.md says how to start one.
+    warnings.filterwarnings("ignore", "The `srun` command is available")
     try:
         yield
     except (ValueError, OSError, ImportError) as e:

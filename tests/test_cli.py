@@ -1,11 +1,14 @@
 import importlib.util
+import os
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from lit_gpt.cli import parse
+from lit_gpt.cli import one_line_errors, parse
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ROOT / "pretrain" / "tinyllama.py"
@@ -52,6 +55,18 @@ def test_a_users_mistake_is_one_line_and_exit_code_1(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "nowhere" in line
+
+
+def test_a_machine_with_slurms_commands_gets_no_advice_about_them(tmp_path, monkeypatch):
+    from lightning_fabric import Fabric
+
+    (tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # to be put back
+    for silent in (False, True):
+        with warnings.catch_warnings(record=True) as seen, one_line_errors() if silent else nullcontext():
+            Fabric(accelerator="cpu", devices=1)
+        assert any("srun" in str(w.message) for w in seen) != silent
 
 
 @pytest.mark.parametrize("args", [[], ["run"], ["fly"]])
