@@ -26,7 +26,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # For more rows than kernels/decode.py takes the product waits for arithmetic, not for the weights.
-        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        y = F.linear(x, self.weight.to(x.dtype))
+        y *= self.scale  # in place, so that it stays in x's dtype
         return y if self.bias is None else y + self.bias
 
 
