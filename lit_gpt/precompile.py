@@ -14,6 +14,7 @@ before something is to be compiled.
 
 import argparse
 import fcntl
+import gc
 import hashlib
 import importlib.metadata
 import multiprocessing
@@ -34,13 +35,14 @@ from types import SimpleNamespace
 from lit_gpt.config import MODELS, Config
 
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")
-NOT_TRAINING = ("-h", "--help", "--plan", "--print_config", "--kernels")  # or with kernels of the user's choice
+NOT_TRAINING = ("-h", "--help", "--plan", "--print_config")
 
 
 def begin(argv: list[str]) -> None:
     """Start this program for the model that a training script's command line names, in the background."""
-    flags = {arg.partition("=")[0] for arg in argv}
-    if shutil.which("nvidia-smi") is None or flags & {*NOT_TRAINING}:
+    kernels = re.search(r"^--kernels[=\n](.*)", "\n".join(argv), re.MULTILINE)
+    chosen = kernels is not None and "auto" not in kernels[1]  # which are compiled when their turn comes
+    if shutil.which("nvidia-smi") is None or chosen or {arg.partition("=")[0] for arg in argv} & {*NOT_TRAINING}:
         return
     quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     subprocess.Popen([sys.executable, "-m", "lit_gpt.precompile", "--model", model_named(argv)], **quiet)
@@ -78,17 +80,16 @@ def main(model: str | None, heads: tuple[int, int, int], capability: str | None)
         compile_triton = config is not None and not triton.exists()
         if not compile_cute and not compile_triton:
             return
-        os.environ |= {"CUDA_VISIBLE_DEVICES": ""}
-        import torch  # noqa: F401 (for both)
-
-        fork = multiprocessing.get_context("fork")  # what has been imported, seconds of it, is there
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        gc.disable()  # it would write to, and so copy, all the memory that forks share
+        fork = multiprocessing.get_context("fork")
         jobs = []
         if compile_triton:
             major, minor = map(int, capability.split("."))
             jobs.append((triton, [fork.Process(target=triton_kernels, args=(config, 10 * major + minor))]))
-            jobs[-1][1][0].start()
+            jobs[0][1][0].start()
         if compile_cute:
-            calls, fake = cute_kernels(heads)
+            calls, fake = cute_kernels(heads)  # whose imports, seconds of them, the forks have
             jobs.append((cute, [fork.Process(target=call) for call in calls]))
             with fake():
                 for child in jobs[-1][1]:
@@ -104,6 +105,7 @@ def cute_kernels(heads: tuple[int, int, int]) -> tuple[list[Callable[[], object]
     """A call of each kernel of flash-attn-4 and, if installed, quack that a step calls, the slowest first; what makes
     all new tensors be without data. Imports the packages."""
     os.environ |= {name: "sm_90a" for name in ("QUACK_ARCH", "FLASH_ATTENTION_ARCH", "CUTE_DSL_ARCH")}
+    import cutlass  # noqa: F401 (first, from the disk: the others are reading torch)
     import torch
 
     from lit_gpt.kernels.attention import load

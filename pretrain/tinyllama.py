@@ -45,7 +45,7 @@ from lit_gpt.interrupt import Interrupt
 from lit_gpt.kernels import IGNORE_INDEX, select_kernels
 from lit_gpt.metrics import Metrics, plot_loss
 from lit_gpt.model import GPT
-from lit_gpt.optim import SpikeGuard, clip_and_step, lr_at, param_groups
+from lit_gpt.optim import SpikeGuard, clip_and_step, init_adam, lr_at, param_groups
 from lit_gpt.packed_dataset import DocumentBatch, PackedDataset, PackedLoader, ValidationSet
 from lit_gpt.pretrained import open_pretrained
 from lit_gpt.release import read_schedule
@@ -395,8 +395,8 @@ def train(
             release_beside(run_dir, step)
 
     checkpoints = Checkpointer(run_dir, args.keep_checkpoints, args.permanent_interval, releases, report, saved)
-    checkpoints.reserve(weights, optimizer)
-    interrupt, interrupted, profiler = Interrupt(), False, None
+    init_adam(optimizer)  # before the first activations: what stays lies together
+    interrupt, interrupted, profiler, reserved = Interrupt(), False, None, False
     batches = iter(loader)
     t0, tokens_since, data_wait_s = time.perf_counter(), 0, 0.0
     next_picture = time.monotonic() + 60
@@ -467,6 +467,9 @@ def train(
             guard.add(loss, grad_norm)
         optimizer.zero_grad()
         step += 1
+        if not reserved:  # not earlier: pinning tens of GB would hold up all that the first step sets up
+            checkpoints.reserve(weights, optimizer)
+            reserved = True
         tokens_since += args.global_batch_tokens
         if profiler:
             profiler.stop()

@@ -41,7 +41,7 @@ from lit_gpt.kernels import select_kernels
 from lit_gpt.kernels.attention import NAMES as ATTENTIONS
 from lit_gpt.kernels.attention import load, usable
 from lit_gpt.model import GPT
-from lit_gpt.optim import clip_and_step, param_groups
+from lit_gpt.optim import clip_and_step, init_adam, param_groups
 from lit_gpt.speed_monitor import GPUS, flops_per_token, largest_micro_batch, memory_plan, peak_flops
 
 PEERS = ("litgpt", "hf", "hf-liger", "autocast", "torchao-fp8")
@@ -186,6 +186,7 @@ def build_peer(name: str, config: Config, device: torch.device) -> tuple[torch.n
 
 def time_step(model, loss_of, config, size, accumulation, steps, device, profile, t0) -> dict:
     optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    init_adam(optimizer)  # as training does: what stays lies together in memory
     tokens = torch.randint(config.vocab_size, (accumulation, size, config.block_size + 1), device=device)
     n_tokens = accumulation * size * config.block_size
 

@@ -54,9 +54,9 @@ def test_begins_only_where_there_is_a_gpu_and_a_run(tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         precompile.begin(["tinyllama.py"])
     executable(tmp_path / "bin/nvidia-smi", "#!/bin/sh\n")
-    for argv in (["--help"], ["--plan", "8xH100"], ["--plan=8xH100"], ["--kernels", "triton"]):
+    for argv in (["--help"], ["--plan", "8xH100"], ["--plan=8xH100"], ["--kernels", "triton"], ["--kernels=[]"]):
         precompile.begin(["tinyllama.py", *argv])
-    precompile.begin(["tinyllama.py", "--model", "tiny_LLaMA_120M"])
+    precompile.begin(["benchmark.py", "--kernels", "[triton, auto]", "--model", "tiny_LLaMA_120M"])
     for _ in range(100):
         time.sleep(0.1)
         if called.exists() and called.read_text():
@@ -78,6 +78,7 @@ def _flash_attn_bwd(q, k, v, out, dout, lse, causal):
 """
     packages = tmp_path / "packages"
     for name, text in {
+        "cutlass.py": "",
         "quack/__init__.py": "",
         "quack/cache.py": "from torch._subclasses.fake_tensor import FakeTensorMode as compile_only_mode",
         "flash_attn/cute/__init__.py": "flash_attn_func = flash_attn_varlen_func = None",

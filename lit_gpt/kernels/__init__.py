@@ -137,6 +137,8 @@ def _compile_ahead(backends: Collection[str], heads: tuple[int, int, int]) -> No
                 _attention.load("fa4")
             if "quack" in backends:
                 import lit_gpt.kernels.quack_mlp  # noqa: F401
+            x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+            torch.mm(x, x)  # cuBLAS reads hundreds of MB at its first product
         try:
             program.wait(120)
         except subprocess.TimeoutExpired:
