@@ -115,13 +115,13 @@ class Decoder:
         return self._graphs[T](idx, position)
 
     @torch.inference_mode()
-    def walk(self, draw: Callable, temperature: float, generator: torch.Generator | None = None) -> None:
+    def walk(self, move: Callable, temperature: float, generator: torch.Generator | None = None) -> None:
         """Move self.token and self.position (B,) on by a token of each row. On a GPU only: a graph for each
         temperature.
 
         Args:
-            draw: (logits (B, V), noise) -> ids (B,); the noise is exponentially distributed, (B, V), or None for
-                temperature 0.
+            move: (logits (B, V), noise, token, position) moves these two; the noise is exponentially distributed,
+                (B, V), or None for temperature 0.
         """
         noise = None
         if temperature > 0:
@@ -130,8 +130,7 @@ class Decoder:
             noise = self._noise.exponential_(generator=generator)
 
         def step() -> None:
-            self.token.copy_(draw(self.forward(self.token[:, None], self.position)[:, 0], noise))
-            self.position.add_(1)
+            move(self.forward(self.token[:, None], self.position)[:, 0], noise, self.token, self.position)
 
         if temperature not in self._walks:
             token, position = self.token.clone(), self.position.clone()

@@ -100,6 +100,12 @@ class FusedChoice(Choice):
         ids, log_sum = self.kernels.draw(logits, self.temperature, noise)
         return ids, (logits, log_sum)
 
+    def move(
+        self, logits: torch.Tensor, noise: torch.Tensor | None, token: torch.Tensor, position: torch.Tensor
+    ) -> None:
+        """Draw into token, and raise position, (R,) each."""
+        self.kernels.draw(logits, self.temperature, noise, (token, position))
+
 
 def choice_for(
     model: GPT, temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0
@@ -223,7 +229,7 @@ def decode(
 
     def advance(decoder: Decoder, chosen: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if walks:
-            decoder.walk(lambda logits, noise: choice.draw(logits, noise)[0], temperature, generator)
+            decoder.walk(choice.move, temperature, generator)
             return (decoder.token,)
         logits = decoder.step(chosen[0][:, None], decoder.position)[:, 0]
         decoder.position.add_(1)

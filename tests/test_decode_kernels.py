@@ -115,6 +115,9 @@ def test_draw_equals_the_first_of_the_largest(decode):
     ids, log_sum = decode.draw(logits, 0.7, noise)
     assert torch.equal(ids, ((logits / 0.7).softmax(1) / noise).argmax(1))
     assert (log_sum - (logits / 0.7).logsumexp(1)).abs().max() < 1e-5
+    token, position = torch.zeros_like(ids), torch.arange(3, device=DEVICE)
+    decode.draw(logits, 0.7, noise, (token, position))
+    assert torch.equal(token, ids) and position.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("sure", [True, False], ids=["n-grams", "draft"])
@@ -161,7 +164,7 @@ SIZES = dict(
     PDL=True, K=2048, NORM=True, ADD=True, BLOCK_N=16, BLOCK_K=256, BLOCK=2048, QUERIES=8, PADDED=8, D=64, HALF=32,
     SLOTS=16, BLOCK_T=2, BLOCK_S=64, PAIR=True, SLICES=8, BLOCKS=2, C=2048, V=32000, GUESSES=16
 )
-FLAGS = ("GATED", "INT8", "TALL", "ALONE", "SUM", "NOISE", "GREEDY", "SURE")
+FLAGS = ("GATED", "INT8", "TALL", "ALONE", "SUM", "MOVE", "NOISE", "GREEDY", "SURE")
 INTEGERS = "M N T S G k ahead row_stride table_rows stride guesses_row p_batch p_row q_batch q_row".split()
 FLOATS = ("cos", "sin", "cos_here", "sin_here", "partial", "scale", "up_scale", "noise", "uniform", "log_sum")
 FLOATS += ("p_log_sum", "q_log_sum")

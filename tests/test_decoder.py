@@ -145,6 +145,14 @@ def test_walking_goes_on_from_where_it_was(monkeypatch):
     model = tiny()
     prompt, got = [5, 7, 9], {}
     draws = {0.0: lambda logits, _: logits.argmax(1), 1.0: lambda logits, noise: (logits.softmax(1) / noise).argmax(1)}
+
+    def moved(temperature: float):
+        def move(logits, noise, token, position) -> None:
+            token.copy_(draws[temperature](logits, noise))
+            position.add_(1)
+
+        return move
+
     for walked in (True, False):
         d, generator = Decoder(model, 1, 30), torch.Generator().manual_seed(3)
         got[walked] = []
@@ -153,7 +161,7 @@ def test_walking_goes_on_from_where_it_was(monkeypatch):
         for temperature in (0.0, 0.0, 1.0, 1.0, 0.0):
             got[walked].append(d.token.item())
             if walked:
-                d.walk(draws[temperature], temperature, generator)
+                d.walk(moved(temperature), temperature, generator)
             else:
                 logits = d.step(d.token[:, None], d.position)[:, 0]
                 noise = torch.empty_like(logits).exponential_(generator=generator) if temperature else None

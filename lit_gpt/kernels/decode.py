@@ -559,7 +559,10 @@ def _attend(
 
 
 def draw(
-    logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = None
+    logits: torch.Tensor,
+    temperature: float,
+    noise: torch.Tensor | None = None,
+    move: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """An id for each row, in one launch.
 
@@ -568,18 +571,20 @@ def draw(
         temperature: 0 takes the largest; more draws from softmax(logits / temperature).
         noise: (R, V) exponentially distributed, to draw with: of V clocks of rates p the first to ring is i with
             probability p_i. None: the largest is taken at any temperature.
+        move: two of (R,) int64: ids are written to the first, the second is raised by one, and nothing else is asked.
 
     Returns:
-        (R,) int64 ids; (R,) fp32 log of the sum of exp(logits / temperature), undefined for temperature 0.
+        (R,) int64 ids; (R,) fp32 log of the sum of exp(logits / temperature), undefined for temperature 0 and `move`.
     """
     R, V = logits.shape
     assert logits.stride(1) == 1 and (noise is None or noise.is_contiguous())
-    ids = torch.empty(R, dtype=torch.int64, device=logits.device)
+    ids = torch.empty(R, dtype=torch.int64, device=logits.device) if move is None else move[0]
     log_sum = torch.empty(R, dtype=torch.float32, device=logits.device)
     pdl = has_pdl(logits.device)
     _draw[(R,)](
-        logits, logits if noise is None else noise, ids, log_sum, logits.stride(0), 1 / (temperature or 1),
-        V=V, SUM=temperature != 0, NOISE=temperature != 0 and noise is not None, PDL=pdl,
+        logits, logits if noise is None else noise, ids, ids if move is None else move[1], log_sum, logits.stride(0),
+        1 / (temperature or 1), V=V, SUM=temperature != 0 and move is None, MOVE=move is not None,
+        NOISE=temperature != 0 and noise is not None, PDL=pdl,
         BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=32, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return ids, log_sum
@@ -660,8 +665,8 @@ def _settle(idx, kept, token, before, last, position, result, T, PDL: tl.constex
 
 @triton.jit
 def _draw(
-    logits, noise, ids, log_sum, stride, inverse_temperature,
-    V: tl.constexpr, SUM: tl.constexpr, NOISE: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+    logits, noise, ids, position, log_sum, stride, inverse_temperature,
+    V: tl.constexpr, SUM: tl.constexpr, MOVE: tl.constexpr, NOISE: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """argmax of p / noise as that of log p - log noise; so p needs no normalising first."""
     row = tl.program_id(0).to(tl.int64)
@@ -683,6 +688,8 @@ def _draw(
         where = tl.where(score > best, start + i, where)
         best = tl.maximum(best, score)
     tl.store(ids + row, _first_largest(best, where, V).to(tl.int64))
+    if MOVE:
+        tl.store(position + row, tl.load(position + row) + 1)
     if SUM:
         m = tl.max(largest, 0)
         total = tl.zeros((BLOCK,), tl.float32)
