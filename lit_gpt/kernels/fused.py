@@ -346,6 +346,7 @@ def linear_cross_entropy(
     loss = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     for logits, _, out, t in _chunks(hidden, weight, loss, targets):
         _softmax_grad(logits, t, out, z_loss, with_grad=False)
+        del logits
     return loss.sum() if reduction == "sum" else loss
 
 
@@ -367,6 +368,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 add_mm_fp32_(d_weight, logits.T, h)
             begin += len(h)
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight = weight
         return loss.sum()
@@ -383,7 +385,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if hasattr(weight, "compute") and weight.grad is not None:
             weight.grad.addcmul_(d_weight, d_loss)
             return d_hidden, None, None, None
-        return d_hidden, d_weight.mul_(d_loss).to(weight.dtype), None, None
+        return d_hidden, torch.mul(d_weight, d_loss, out=torch.empty_like(weight)), None, None
 
 
 def _chunks(hidden, weight, loss, targets):
