@@ -251,8 +251,9 @@ class Speculator:
 
     Args:
         target, draft: models with the same tokenizer; without a draft, n-grams of the text guess.
-        guesses: in each pass; None: as many as pay, by the acceptance and the times seen so far. (Times differ from
-            run to run, and so do samples then, whatever the seed; with a number they are the same.)
+        guesses: in each pass; None: as many as pay, by the acceptance and the times seen so far, and hardly any where
+            none does. (Times differ from run to run, and so do samples then, whatever the seed; with a number they are
+            the same.)
     """
 
     def __init__(self, target: GPT, draft: GPT | None = None, guesses: int | None = None) -> None:
@@ -350,7 +351,7 @@ class Speculator:
         if n < max_new_tokens and not all(row[-1] == eos_id for row in rows):
             raise ContextFull(block_size, rows)
         stats = self.stats
-        if stats.speedup and stats.speedup < 1 and stats.row_passes >= 32:
+        if stats.speedup and stats.speedup < 1 and stats.row_passes >= 8:
             warnings.warn(f"speculation does not pay here: {stats}", stacklevel=3)
 
     @staticmethod
@@ -380,14 +381,14 @@ class Speculator:
         self.pass_s[k] = elapsed_s if known is None else 0.8 * known + 0.2 * min(elapsed_s, 4 * known)
 
     def _next(self, i: int, room: int) -> int:
-        """Guesses in pass i of a text; now and then none, to compare with."""
+        """Guesses in pass i of a text; now and then none, to compare with, or one where none pays."""
         if room < 1 or i % 128 == 127 or (i == 1 and len(self.stats.plain_s) < 5):
             return 0
-        k = self.guesses or self._best()
+        k = self.guesses or self._best() or int(i % 8 == 0)
         return k if k <= room else max(g for g in (0, *ADAPTIVE_GUESSES) if g <= room)
 
     def _best(self) -> int:
-        """The number of guesses with the most tokens expected in a second.
+        """The number of guesses, or 0, with the most tokens expected in a second.
 
         A pass with k guesses, each kept with probability a, gives 1 + a + .. + aᵏ tokens; its time is what such passes
         took, or else what the guesses of others seem to have cost.
@@ -400,7 +401,7 @@ class Speculator:
         def tokens_per_s(k: int) -> float:
             return sum(self._kept_rate**i for i in range(k + 1)) / seen.get(k, seen[0] + k * each)
 
-        return max(ADAPTIVE_GUESSES, key=tokens_per_s)
+        return max((0, *ADAPTIVE_GUESSES), key=tokens_per_s)
 
 
 class _Passes:
