@@ -144,17 +144,27 @@ def _linear_one_row(
     w = tl.load(weight + rows, inside, other=0.0)
     if GATED:
         u = tl.load(up + rows, inside, other=0.0)
+    if NORM:
+        g = tl.load(norm + k, k < K, other=0.0)
+    if INT8:
+        w_scale = tl.load(scale + n, n < N, other=0.0)
+        if GATED:
+            u_scale = tl.load(up_scale + n, n < N, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if ADD:  # now, not at the end, where all would wait for it
+        residual = tl.load(y + n, n < N, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up_total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         a = tl.load(x + start + k, start + k < K, other=0.0).to(tl.float32)
         if NORM:
+            if start > 0:
+                g = tl.load(norm + start + k, start + k < K, other=0.0)
             squares += a * a
-            a *= tl.load(norm + start + k, start + k < K, other=0.0).to(tl.float32)
+            a *= g.to(tl.float32)
         if start > 0:
             inside = (n < N)[:, None] & (start + k < K)[None, :]
             w = tl.load(weight + rows + start, inside, other=0.0)
@@ -168,14 +178,14 @@ def _linear_one_row(
         r = tl.rsqrt(tl.sum(squares, 0) / K + eps)
     out = tl.sum(total, 1) * r
     if INT8:
-        out *= tl.load(scale + n, n < N, other=0.0)
+        out *= w_scale
     if GATED:
         out_up = tl.sum(up_total, 1) * r
         if INT8:
-            out_up *= tl.load(up_scale + n, n < N, other=0.0)
+            out_up *= u_scale
         out = out * tl.sigmoid(out) * out_up
     if ADD:
-        out += tl.load(y + n, n < N, other=0.0).to(tl.float32)
+        out += residual
     tl.store(y + n, out.to(y.dtype.element_ty), n < N)
 
 
@@ -213,9 +223,23 @@ def _linear_few_rows(
     if NORM:
         norms = tl.broadcast_to(norm + k, (8, SLICES, BLOCKS, 4 * L))
         g = _load(norms, k, 0, K, STEP)
+    if INT8:
+        w_scale = tl.load(scale + n, n < N, other=0.0)[None, :]
+        if GATED:
+            u_scale = tl.load(up_scale + n, n < N, other=0.0)[None, :]
+        elif PAIR:
+            u_scale = tl.load(scale + n + 8, n + 8 < N, other=0.0)[None, :]
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    m = tl.arange(0, 16)
+    where = y + m[:, None] * N + n[None, :]
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    second_inside = (m < M)[:, None] & (n + 8 < N)[None, :]
+    if ADD:  # now, not at the end, where all would wait for it
+        residual = tl.load(where, inside, other=0.0).to(tl.float32)
+        if PAIR and not GATED:
+            second_residual = tl.load(where + 8, second_inside, other=0.0).to(tl.float32)
     lower = x + tl.minimum(i, M - 1)[:, None, None, None] * K + k
     upper = x + tl.minimum(i + 8, M - 1)[:, None, None, None] * K + k
     total = tl.zeros((SLICES, 16, 8), tl.float32)
@@ -245,7 +269,6 @@ def _linear_few_rows(
         if PAIR:
             second_total = tl.dot(xs, _operand(u, SLICES, BLOCKS, L).to(a.dtype), second_total, input_precision="ieee")
 
-    m = tl.arange(0, 16)
     out = tl.sum(total, 0)  # (16, 8)
     if PAIR:
         second_out = tl.sum(second_total, 0)
@@ -258,23 +281,18 @@ def _linear_few_rows(
         if PAIR:
             second_out *= r
     if INT8:
-        out *= tl.load(scale + n, n < N, other=0.0)[None, :]
-        if GATED:
-            second_out *= tl.load(up_scale + n, n < N, other=0.0)[None, :]
-        elif PAIR:
-            second_out *= tl.load(scale + n + 8, n + 8 < N, other=0.0)[None, :]
+        out *= w_scale
+        if PAIR:
+            second_out *= u_scale
     if GATED:
         out = out * tl.sigmoid(out) * second_out
-    where = y + m[:, None] * N + n[None, :]
-    inside = (m < M)[:, None] & (n < N)[None, :]
     if ADD:
-        out += tl.load(where, inside, other=0.0).to(tl.float32)
+        out += residual
     tl.store(where, out.to(y.dtype.element_ty), inside)
     if PAIR and not GATED:
-        inside = (m < M)[:, None] & (n + 8 < N)[None, :]
         if ADD:
-            second_out += tl.load(where + 8, inside, other=0.0).to(tl.float32)
-        tl.store(where + 8, second_out.to(y.dtype.element_ty), inside)
+            second_out += second_residual
+        tl.store(where + 8, second_out.to(y.dtype.element_ty), second_inside)
 
 
 @triton.jit
