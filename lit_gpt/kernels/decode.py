@@ -71,9 +71,8 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
     pdl = has_pdl(x.device)
     one_row = _by_addition(M, gated, int8)
     if one_row:
-        kernel, tile = _linear_one_row, _tile_one_row(N, gated, int8)
+        kernel, tile = _linear_one_row, _tile_one_row(N, K, gated, int8)
         outputs = tile["BLOCK_N"]
-        tile["BLOCK_K"] = min(tile["BLOCK_K"], triton.next_power_of_2(K))
     else:
         kernel, tile = _linear_few_rows, _tile_few_rows(N, K, gated, add, int8)
         outputs = 8 if gated else 8 * (1 + tile["PAIR"])
@@ -105,13 +104,15 @@ def _by_addition(M: int, gated: bool, int8: bool) -> bool:
     return M == 1
 
 
-def _tile_one_row(N: int, gated: bool, int8: bool) -> dict[str, int]:
+def _tile_one_row(N: int, K: int, gated: bool, int8: bool) -> dict[str, int]:
     """The fastest of those tried on an H100 with the shapes of TinyLlama-1.1B."""
-    if gated and int8:
-        return dict(BLOCK_N=2, BLOCK_K=1024, num_warps=2, num_stages=1)
-    if gated or N > 8192:
-        return dict(BLOCK_N=4, BLOCK_K=1024, num_warps=4, num_stages=1)
-    return dict(BLOCK_N=8, BLOCK_K=2048, num_warps=8, num_stages=1)
+    shape = "gated" if gated else "head" if N > 8192 else "down" if K > 4096 else "square"
+    BLOCK_N, BLOCK_K, num_warps = (ONE_ROW_INT8 if int8 else ONE_ROW)[shape]
+    return dict(BLOCK_N=BLOCK_N, BLOCK_K=min(BLOCK_K, triton.next_power_of_2(K)), num_warps=num_warps, num_stages=1)
+
+
+ONE_ROW = {"gated": (4, 1024, 4), "head": (4, 1024, 4), "down": (8, 2048, 8), "square": (8, 2048, 8)}
+ONE_ROW_INT8 = {"gated": (2, 1024, 2), "head": (4, 1024, 4), "down": (8, 2048, 8), "square": (8, 2048, 8)}
 
 
 def _tile_few_rows(N: int, K: int, gated: bool, add: bool, int8: bool) -> dict[str, int]:
