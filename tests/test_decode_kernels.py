@@ -65,16 +65,19 @@ def test_linear_and_swiglu(decode, M, N, K, int8, dtype):
 @pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize(
-    "B, T, H, G, D, rotary, S, lengths",
+    "B, T, H, G, D, rotary, S, lengths, large",
     [
-        (1, 1, 4, 2, 16, 1.0, 300, [0]),  # the first token of all
-        (1, 1, 8, 1, 32, 1.0, 600, [577]),  # several splits
-        (2, 3, 6, 2, 16, 1.0, 40, [0, 30]),  # rows at different places; 3 queries a group
-        (3, 1, 5, 5, 16, 0.25, 200, [7, 150, 64]),
-        (1, 40, 4, 2, 16, 1.0, 80, [30]),  # a chunk of a prompt behind others
+        (1, 1, 4, 2, 16, 1.0, 300, [0], False),  # the first token of all
+        (1, 1, 8, 1, 32, 1.0, 600, [577], False),  # several splits
+        (1, 1, 8, 1, 32, 1.0, 600, [577], True),
+        (2, 3, 6, 2, 16, 1.0, 40, [0, 30], True),  # rows at different places; 3 queries a group
+        (3, 1, 5, 5, 16, 0.25, 200, [7, 150, 64], True),
+        (1, 40, 4, 2, 16, 1.0, 80, [30], False),  # a chunk of a prompt behind others
     ],
 )
-def test_cached_attention(decode, B, T, H, G, D, rotary, S, lengths, dtype):
+def test_cached_attention(decode, monkeypatch, B, T, H, G, D, rotary, S, lengths, large, dtype):
+    """In small parts, and in large ones where a GPU has the memory for them."""
+    monkeypatch.setattr(decode, "_shared_memory", lambda device: 200_000 if large else 0)
     c = Config(
         n_layer=1, n_embd=H * D, n_head=H, n_query_groups=G, rotary_percentage=rotary, block_size=S, vocab_size=64
     )

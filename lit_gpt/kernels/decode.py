@@ -100,8 +100,8 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
 
 
 def _by_addition(M: int, gated: bool, int8: bool) -> bool:
-    """Whether a product is faster without the matrix units."""
-    return M == 1
+    """Whether a product is faster without the matrix units. (To turn int8 into numbers takes time, too.)"""
+    return M == 1 and not (gated and int8)
 
 
 def _tile_one_row(N: int, K: int, gated: bool, int8: bool) -> dict[str, int]:
@@ -403,7 +403,9 @@ def cached_attention(
             num_warps=2, **launch,
         )  # fmt: skip
     rows = block_t * padded_queries
-    block_s, splits, warps = _tile_attend(B * G * tiles, rows, S)
+    # Keys and values of 64 elements in bf16, 512 slots of them, are 128 kB.
+    large = alone and B * G <= 132 and 2 * D * qkv.element_size() <= 256 and _shared_memory(qkv.device) >= 160_000
+    block_s, splits, warps = _tile_attend(B * G * tiles, rows, S, large)
     out = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty((B * G * tiles, splits, rows, D + 2) if splits > 1 else 1, device=qkv.device)
     _attend[(B * G, tiles, splits)](
@@ -414,11 +416,25 @@ def cached_attention(
     return out
 
 
-def _tile_attend(programs: int, rows: int, S: int) -> tuple[int, int, int]:
+def _tile_attend(programs: int, rows: int, S: int, large: bool) -> tuple[int, int, int]:
     """Slots of the cache to read at a time, in how many parts to read all S, so that `programs` fill the GPU, and the
-    warps of each. By measurement: what is read at once is on its way before the kernel ahead has ended."""
-    block_s, warps, most = {16: (64, 2, 16), 32: (128, 8, 8), 64: (128, 8, 8)}.get(rows, (64, 4, 8))
+    warps of each. By measurement on an H100; joining many rows costs more.
+
+    Args:
+        large: a program can have a multiprocessor to itself. What it reads at once is on its way before the kernel
+            ahead has ended, and what one program reads needs no joining.
+    """
+    few = 1 if rows > 32 and S <= 512 else 8
+    if large:
+        block_s, warps, most = {16: (512, 8, 16), 32: (128, 4, 8)}.get(rows, (128, 8, few))
+    else:
+        block_s, warps, most = (64, 4, 16 if rows == 16 else few)
     return block_s, max(1, min(132 // programs, triton.cdiv(S, block_s), most)), warps
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
 
 
 @triton.jit
