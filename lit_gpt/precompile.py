@@ -30,7 +30,7 @@ from contextlib import suppress
 from dataclasses import replace
 from getpass import getuser
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 from lit_gpt.config import MODELS, Config
 
@@ -81,6 +81,7 @@ def main(model: str | None, heads: tuple[int, int, int], capability: str | None)
         if not compile_cute and not compile_triton:
             return
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        import_torch()
         gc.disable()  # it would write to, and so copy, all the memory that forks share
         fork = multiprocessing.get_context("fork")
         jobs = []
@@ -101,11 +102,21 @@ def main(model: str | None, heads: tuple[int, int, int], capability: str | None)
                 done.touch()
 
 
+def import_torch() -> None:
+    """Without torch._dynamo, which takes as long again. Of it, tensors without data want the configuration, and quack a
+    decorator that keeps functions from being compiled by it; here none is."""
+    import torch
+
+    dynamo = ModuleType("torch._dynamo")
+    dynamo.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
+    dynamo.disable = lambda function, *_, **__: function
+    sys.modules["torch._dynamo"] = torch._dynamo = dynamo
+
+
 def cute_kernels(heads: tuple[int, int, int]) -> tuple[list[Callable[[], object]], Callable]:
     """A call of each kernel of flash-attn-4 and, if installed, quack that a step calls, the slowest first; what makes
     all new tensors be without data. Imports the packages."""
     os.environ |= {name: "sm_90a" for name in ("QUACK_ARCH", "FLASH_ATTENTION_ARCH", "CUTE_DSL_ARCH")}
-    import cutlass  # noqa: F401 (first, from the disk: the others are reading torch)
     import torch
 
     from lit_gpt.kernels.attention import load
@@ -119,6 +130,9 @@ def cute_kernels(heads: tuple[int, int, int]) -> tuple[list[Callable[[], object]
 
     def tensors(*n_heads: int) -> list[torch.Tensor]:
         return [torch.zeros(1, 256, n, D, dtype=torch.bfloat16, device=device) for n in n_heads]
+
+    with compile_only_mode():
+        tensors(H)  # imports sympy
 
     def lse() -> torch.Tensor:
         return torch.zeros(1, H, 256, device=device)
