@@ -377,6 +377,7 @@ def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | No
             row["both us"] = round(1e6 * both, 1)
             row["GB"] = round(memory / 1e9, 2)
             rows.append(row)
+            print(row, flush=True)
     report(rows, json)
 
 

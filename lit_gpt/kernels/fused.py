@@ -136,11 +136,12 @@ def _add_rms_norm_backward(
         g_next = tl.load(dy + row, inside, other=0.0)
         if ADD:
             e_next = tl.load(d_total + row, inside, other=0.0)
-        r = tl.rsqrt(tl.sum(a * a, 0) / C + eps)
-        a *= r
-        dw += g * a
-        g *= w
-        d = r * (g - a * (tl.sum(g * a, 0) / C))
+        # Of the row as it was read, so that neither sum waits for the other: mean(w dy x̂) = r mean(w dy x).
+        squares = tl.sum(a * a, 0)
+        products = tl.sum(g * w * a, 0)
+        r = tl.rsqrt(squares / C + eps)
+        dw += g * (a * r)
+        d = r * (g * w - a * (r * r * products / C))
         if ADD:
             d += e
         tl.store(dx + here, d.to(dx.dtype.element_ty), c < C)
