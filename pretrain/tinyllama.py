@@ -139,7 +139,7 @@ class TrainArgs:
     shard_devices: int | None = None
     """How many devices share one copy; others repeat it. Default: optimizer those of a node, fsdp all."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """bf16 computes in bfloat16 over fp32 weights; fp8, experimental, the blocks' matrix products in fp8 and the rest
+    """bf16 computes in bfloat16 over fp32 weights; fp8 the blocks' matrix products in fp8 and the rest
     in bf16 (RTX 40, H100 or newer); auto is bf16 on a GPU that has it, else fp32."""
     kernels: str = "auto"
     """Backends of the fused operations: auto, quack, triton, compile or torch, and attention's, as in triton+cudnn."""
