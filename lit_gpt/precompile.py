@@ -64,37 +64,39 @@ def model_named(argv: list[str]) -> str:
 
 def main(model: str | None, heads: tuple[int, int, int], capability: str | None) -> None:
     """Of several processes one compiles and the others wait for it."""
-    if capability is None:
-        ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        capability = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
     config = Config.from_name(model) if model else None
     if config is not None:
         heads = config.n_head, config.n_query_groups, config.head_size
     sources = b"".join(path.read_bytes() for path in sorted((Path(__file__).parent / "kernels").glob("*.py")))
-    state = (sources, capability, sys.version_info[:2], [_version(package) for package in PACKAGES])
+    state = (sources, sys.version_info[:2], [_version(package) for package in PACKAGES])
     cute, triton = (_cache_dir() / f"precompiled-{_hash(state, what)}" for what in (heads, config))
     cute.parent.mkdir(parents=True, exist_ok=True)
     with open(cute.parent / "precompiled.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        compile_cute = capability == "9.0" and _version("flash-attn-4") and not cute.exists()
-        compile_triton = config is not None and not triton.exists()
-        if not compile_cute and not compile_triton:
+        missing = {done for done in (cute, config and triton) if done and not done.exists()}
+        if not missing:
             return
+        if capability is None:
+            ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+            asked = subprocess.Popen(ask, stdout=subprocess.PIPE, text=True)  # it may have to wake the GPU first
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         import_torch()
+        capability = capability or asked.communicate()[0].split()[0]
         gc.disable()  # it would write to, and so copy, all the memory that forks share
         fork = multiprocessing.get_context("fork")
         jobs = []
-        if compile_triton:
+        if triton in missing:
             major, minor = map(int, capability.split("."))
             jobs.append((triton, [fork.Process(target=triton_kernels, args=(config, 10 * major + minor))]))
             jobs[0][1][0].start()
-        if compile_cute:
+        if cute in missing and capability == "9.0" and _version("flash-attn-4"):
             calls, fake = cute_kernels(heads)  # whose imports, seconds of them, the forks have
             jobs.append((cute, [fork.Process(target=call) for call in calls]))
             with fake():
                 for child in jobs[-1][1]:
                     child.start()
+        elif cute in missing:
+            cute.touch()  # nothing to be done here
         for done, children in jobs:
             for child in children:
                 child.join()
