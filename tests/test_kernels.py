@@ -369,6 +369,12 @@ def test_editing_one_document_leaves_another_alone():
 
 
 @pytest.mark.gpu
+def test_backends_are_found_where_gradients_are_switched_off():
+    with torch.inference_mode():
+        assert usable("flash", DEVICE, torch.bfloat16) == ""
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("D", [64, 128])
 def test_attention_backends(name, D):

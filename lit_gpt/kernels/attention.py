@@ -162,8 +162,9 @@ def usable(name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int
     try:
         backend = load(name)
         H, G, D = heads
-        q, k, v = (torch.randn(1, 256, n, D, device=device, dtype=dtype, requires_grad=True) for n in (H, G, G))
-        backend(q, k, v).sum().backward()
+        with torch.inference_mode(False), torch.enable_grad():  # whoever asks may have switched gradients off
+            q, k, v = (torch.randn(1, 256, n, D, device=device, dtype=dtype, requires_grad=True) for n in (H, G, G))
+            backend(q, k, v).sum().backward()
     except ImportError as e:
         if name == "xformers" and importlib.util.find_spec("xformers"):  # 0.0.35 beside flash-attn-4, for one
             return f"is installed, but does not import here ({e}); `auto` needs no package but torch"
