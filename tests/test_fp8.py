@@ -194,7 +194,8 @@ def test_weights_one_below_the_other():
 def test_scales_follow_the_largest_element_of_the_last_passes():
     state = build(n_embd=16, intermediate_size=16).fp8
     scales = []
-    for amax in (0.0, 8.0, 2.0, 2.0, 1000.0, torch.inf, torch.nan, 0.0):  # the first begin() finds nothing to learn from
+    # The first begin() finds nothing to learn from.
+    for amax in (0.0, 8.0, 2.0, 2.0, 1000.0, torch.inf, torch.nan, 0.0):
         state.amax.fill_(amax)
         state.begin()
         scales.append(state.scale[0, 0].item() * 448 / fp8.HEADROOM[E4M3])
