@@ -244,7 +244,13 @@ def main(args: TrainArgs) -> int:
     environment = getattr(fabric.strategy, "cluster_environment", None)
     address = (environment.main_address, environment.main_port) if fabric.world_size > 1 else ("", 0)
     with cluster.Watch(fabric.global_rank, fabric.world_size, *address) as watch:
-        interrupted = setup(fabric, args, config, watch)
+        try:
+            interrupted = setup(fabric, args, config, watch)
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            # A worker was killed: torch's signal handler raises that wherever the training thread is at the time.
+            raise OSError(f"rank {fabric.global_rank} gets no data: {e}") from e
     return args.requeue_exit_code if interrupted else 0
 
 

@@ -1,5 +1,6 @@
 """What a long run meets: processes and disks fail, and it goes on where it was, or ends with a line that says why."""
 
+import multiprocessing
 import os
 import pickle
 import random
@@ -215,6 +216,16 @@ class TestRanks:
         logs = self.ends(ranks, tmp_path, within_s=55)
         assert "ended in step 1 with FileNotFoundError:" in logs[0], logs[0]
 
+    def test_a_killed_reader_ends_all_ranks_at_once(self, flags, tmp_path):  # noqa: F811
+        flags = dict(flags, max_steps=10**6, num_workers=1, eval_interval=10**6, save_interval=10**6)
+        ranks = start_ranks(2, loses_its_reader_while_it_computes, flags, log_dir=tmp_path)
+        log = tmp_path / "rank-0.log"
+        while not (log.exists() and "\nstep " in log.read_text()):
+            time.sleep(0.1)
+            assert ranks[0][0].is_alive(), log.read_text()
+        logs = self.ends(ranks, tmp_path, within_s=cluster.SILENCE_S - 5)
+        assert "ended in step" in logs[0] and "OSError: rank 1 gets no data: DataLoader worker" in logs[0], logs[0]
+
     def test_missing_ranks_are_named(self, tmp_path):
         for (process, pipe), rank in zip(start_ranks(4, meet, only=[0, 2]), (0, 2), strict=True):
             assert pipe.poll(40), rank
@@ -228,6 +239,22 @@ class TestRanks:
         problem, message = pickle.loads(pipe.recv_bytes())
         assert not problem and "finds no rank 0 at 127.0.0.1:" in message, problem
         process.join()
+
+
+def loses_its_reader_while_it_computes(flags: dict) -> None:  # noqa: F811
+    """Rank 1, in its third micro-batch."""
+    multiprocessing.set_start_method("fork", force=True)  # Linux's until Python 3.14; these ranks have forkserver
+    forward, calls = tinyllama.forward, []
+
+    def interrupted(*args):
+        calls.append(0)
+        if os.environ["RANK"] == "1" and len(calls) == 3:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(10)  # until torch's signal handler raises
+        return forward(*args)
+
+    tinyllama.forward = interrupted
+    runs(flags, [{}])
 
 
 def fails_on_rank_1(flags: dict) -> None:  # noqa: F811
