@@ -18,6 +18,9 @@ from lit_gpt.kernels.attention import cached_attention as reference
 
 MAX_ROWS = 16
 """Rows of a step up to which these products are memory-bound and faster than a library's GEMM."""
+LARGE_BYTES = 166_144
+"""Of shared memory, which a program of cached_attention that reads much at once takes: 512 slots of 32 elements in fp32,
+its largest case. (Of 64 in bf16 it takes 81,920.)"""
 
 
 # --- matrix products of a few rows -----------------------------------------------------------------------------------
@@ -394,8 +397,8 @@ def cached_attention(
             num_warps=2, **launch,
         )  # fmt: skip
     rows = block_t * padded_queries
-    # Keys and values of 64 elements in bf16, 512 slots of them, are 128 kB.
-    large = alone and B * G <= 132 and 2 * D * qkv.element_size() <= 256 and _shared_memory(qkv.device) >= 160_000
+    fits = 2 * D * qkv.element_size() <= 256 and _shared_memory(qkv.device) >= LARGE_BYTES
+    large = fits and alone and B * G <= 132
     block_s, splits, warps = _tile_attend(B * G * tiles, rows, S, large)
     out = torch.empty(B, T, H, D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty((B * G * tiles, splits, rows, D + 2) if splits > 1 else 1, device=qkv.device)
