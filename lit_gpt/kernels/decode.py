@@ -19,7 +19,7 @@ from lit_gpt.kernels.attention import cached_attention as reference
 MAX_ROWS = 16
 """Rows of a step up to which these products are memory-bound and faster than a library's GEMM."""
 LARGE_BYTES = 166_144
-"""Of shared memory, which a program of cached_attention that reads much at once takes: 512 slots of 32 elements in fp32,
+"""Of shared memory: what a program of cached_attention takes that reads much at once, 512 slots of 32 elements in fp32,
 its largest case. (Of 64 in bf16 it takes 81,920.)"""
 
 
