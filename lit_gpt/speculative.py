@@ -16,6 +16,7 @@ B batch, k guesses of each row in a pass, V ids.
 import statistics
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,11 @@ from lit_gpt.tokenizer import Tokenizer
 
 MAX_GUESSES = 10
 ADAPTIVE_GUESSES = (1, 2, 3, 4, 5, 6, 8, 10)
-"""What an adaptive draft chooses from; on a GPU each is a graph that is captured first."""
+"""What an adaptive draft chooses from; on a GPU each is a graph that is captured and timed first."""
+TIMED_GUESSES = (4, 8, 2, 1)
+"""Of these, what is tried anywhere else, so that the others' times can be told."""
+PLAIN_PASSES = 3
+"""Passes without guesses that are made soon, to compare with."""
 NGRAM = 3
 """Longest end of a text that is looked for in the text before."""
 
@@ -211,14 +216,15 @@ class Stats:
 
     guessed: int = 0
     accepted: int = 0
+    guessing_passes: int = 0
     row_passes: int = 0
-    """Passes of the target, times the rows that were not done."""
+    """All passes of the target, with guesses and without, times the rows that were not done."""
     tokens: int = 0
     """That came out of these, those beyond an EOS included."""
     seconds: float = 0.0
-    plain_s: list[float] = field(default_factory=list)
-    """Of single passes without guesses, which are made now and then to compare with."""
-    plain_rows: list[int] = field(default_factory=list)
+    """Of these, with all that the draft did."""
+    plain_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=256))
+    """What a token takes the target alone: in the last passes without guesses, less the draft's reading."""
 
     @property
     def acceptance_rate(self) -> float:
@@ -227,16 +233,21 @@ class Stats:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Of one row; without speculation it is 1."""
+        """Of one row, over all passes; without speculation it is 1."""
         return self.tokens / max(1, self.row_passes)
 
     @property
     def speedup(self) -> float | None:
-        """Tokens/s with guesses over those without; None while there is nothing to compare."""
-        if not self.plain_s or not self.seconds:
+        """Tokens/s of all passes over those of the target alone; None while there is nothing to compare."""
+        if not self.plain_token_s or not self.seconds:
             return None
-        plain_token_s = statistics.median(s / n for s, n in zip(self.plain_s, self.plain_rows, strict=True))
-        return self.tokens / self.seconds * plain_token_s
+        return self.tokens / self.seconds * statistics.median(self.plain_token_s)
+
+    @property
+    def does_not_pay(self) -> bool:
+        """Whether it is slower than the target alone, by enough passes of both kinds to say so."""
+        seen = self.guessing_passes >= 8 and len(self.plain_token_s) >= PLAIN_PASSES
+        return seen and self.speedup is not None and self.speedup < 1
 
     def __str__(self) -> str:
         speedup = f", {self.speedup:.2f} times as fast as without" if self.speedup else ""
@@ -262,9 +273,12 @@ class Speculator:
         self.target, self.draft, self.guesses = target, draft, guesses
         self.stats = Stats()
         self._passes: _Passes | None = None
-        self._kept_rate = 0.7  # of a guess, given that those before it were kept
+        self._kept, self._looked_at = 7.0, 10.0
+        """Guesses that stayed, of those before which all did; the older the less they weigh."""
         self.pass_s: dict[int, float] = {}
-        """Seconds of a pass, by the number of guesses."""
+        """Seconds of a pass, by the number of guesses, with all that the draft does in it."""
+        self._cold = set(range(MAX_GUESSES + 1))
+        """Numbers of guesses whose next pass is the first of its kind, and slow."""
 
     def stream(self, prompt: Sequence[int], max_new_tokens: int, *, eos_id: int | None = None, **sampling):
         """The ids that follow a prompt, EOS included, as they are decided; as generate.stream.
@@ -322,6 +336,7 @@ class Speculator:
         if passes is None or not passes.fits(len(rows), length, settings):
             self._passes = passes = _Passes(self.target, self.draft, len(rows), length, settings)
             self.pass_s = passes.prepare(ADAPTIVE_GUESSES if self.guesses is None else (self.guesses,))
+            self._cold = set(range(MAX_GUESSES + 1)) - self.pass_s.keys()
         lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]
         first = passes.start(prompts, num_samples, generator)
         done = [self._append(row, [token], n, eos_id) for row, token in zip(rows, first, strict=True)]
@@ -343,16 +358,15 @@ class Speculator:
                 count += 1
                 running.append((k, passes.begin(k, done, room >= 0, generator)))
             k, wait = running.pop(0)
-            kept, new, elapsed_s = wait()
-            self._count(k, [kept[r] for r in active], elapsed_s)
+            kept, new, elapsed_s, read_s = wait()
+            self._count(k, [kept[r] for r in active], elapsed_s, read_s)
             for r in active:
                 done[r] = self._append(rows[r], new[r][: kept[r]] + new[r][-1:], n, eos_id)
             yield
         if n < max_new_tokens and not all(row[-1] == eos_id for row in rows):
             raise ContextFull(block_size, rows)
-        stats = self.stats
-        if stats.speedup and stats.speedup < 1 and stats.row_passes >= 8:
-            warnings.warn(f"speculation does not pay here: {stats}", stacklevel=3)
+        if self.stats.does_not_pay:
+            warnings.warn(f"speculation does not pay here: {self.stats}", stacklevel=3)
 
     @staticmethod
     def _append(row: list[int], tokens: list[int], n: int, eos_id: int | None) -> bool:
@@ -363,45 +377,56 @@ class Speculator:
                 return True
         return False
 
-    def _count(self, k: int, kept: list[int], elapsed_s: float) -> None:
+    def _count(self, k: int, kept: list[int], elapsed_s: float, read_s: float = 0.0) -> None:
+        """Take note of a pass: its guesses, how many of each row stayed, its seconds and those of ModelDraft.read."""
         stats = self.stats
+        stats.row_passes += len(kept)
+        stats.tokens += sum(kept) + len(kept)
+        stats.seconds += elapsed_s
         if k == 0:
-            stats.plain_s.append(elapsed_s)
-            stats.plain_rows.append(len(kept))
+            stats.plain_token_s.append((elapsed_s - read_s) / len(kept))
         else:
             stats.guessed += k * len(kept)
             stats.accepted += sum(kept)
-            stats.row_passes += len(kept)
-            stats.tokens += sum(kept) + len(kept)
-            stats.seconds += elapsed_s
-            tried = sum(min(n + 1, k) for n in kept)  # what comes after the first wrong one was not looked at
+            stats.guessing_passes += 1
+            # Two sums: the mean of each pass's own share would be too small, as long runs would count as one.
             weight = 0.9 ** len(kept)
-            self._kept_rate = weight * self._kept_rate + (1 - weight) * min(sum(kept) / tried, 0.98)
+            self._kept = weight * self._kept + sum(kept)
+            self._looked_at = weight * self._looked_at + sum(min(n + 1, k) for n in kept)
+        if k in self._cold:
+            self._cold.remove(k)
+            return
         known = self.pass_s.get(k)
         self.pass_s[k] = elapsed_s if known is None else 0.8 * known + 0.2 * min(elapsed_s, 4 * known)
 
     def _next(self, i: int, room: int) -> int:
-        """Guesses in pass i of a text; now and then none, to compare with, or one where none pays."""
-        if room < 1 or i % 128 == 127 or (i == 1 and len(self.stats.plain_s) < 5):
-            return 0
-        k = self.guesses or self._best() or int(i % 8 == 0)
-        return k if k <= room else max(g for g in (0, *ADAPTIVE_GUESSES) if g <= room)
+        """Guesses in pass i of a text; now and then none, to compare with, or a number on trial: one that was not timed
+        yet, or, where none pays, the one that comes nearest to it."""
+        if self.guesses is not None:
+            k = 0 if i % 64 == 1 else self.guesses  # by i alone: a seed must give the same samples again
+        elif i % 128 == 127 or (i % 2 and (0 not in self.pass_s or len(self.stats.plain_token_s) < PLAIN_PASSES)):
+            k = 0
+        elif i % 8 == 0:
+            k = next((g for g in TIMED_GUESSES if g <= room and g not in self.pass_s), 0) or self._best(at_least=1)
+        else:
+            k = self._best()
+        return k if k <= room else max(g for g in (0, *ADAPTIVE_GUESSES) if g <= max(0, room))
 
-    def _best(self) -> int:
-        """The number of guesses, or 0, with the most tokens expected in a second.
+    def _best(self, at_least: int = 0) -> int:
+        """The number of guesses with the most tokens expected in a second.
 
         A pass with k guesses, each kept with probability a, gives 1 + a + .. + aᵏ tokens; its time is what such passes
         took, or else what the guesses of others seem to have cost.
         """
-        seen = self.pass_s
+        seen, kept_rate = self.pass_s, min(self._kept / self._looked_at, 0.98)
         if 0 not in seen or len(seen) < 2:
             return 4
         each = min(max(0.0, seen[k] - seen[0]) / k for k in seen if k)
 
         def tokens_per_s(k: int) -> float:
-            return sum(self._kept_rate**i for i in range(k + 1)) / seen.get(k, seen[0] + k * each)
+            return sum(kept_rate**i for i in range(k + 1)) / seen.get(k, seen[0] + k * each)
 
-        return max((0, *ADAPTIVE_GUESSES), key=tokens_per_s)
+        return max((k for k in (0, *ADAPTIVE_GUESSES) if k >= at_least), key=tokens_per_s)
 
 
 class _Passes:
@@ -454,11 +479,13 @@ class _Passes:
                 if i == 1:
                     begun.record()
                 self.position.fill_(1)
+                if k == 0:
+                    self.draft.read(self.before, self.last, self.position)
                 self.graphs[k]()
             ended.record()
             ended.synchronize()
             self.position.fill_(1)
-            pass_s[k] = begun.elapsed_time(ended) / 3e3
+            pass_s[k] = begun.elapsed_time(ended) / 3e3  # of three passes, in milliseconds
         return pass_s
 
     def _capture(self, k: int) -> None:
@@ -478,36 +505,40 @@ class _Passes:
     @torch.inference_mode()
     def begin(
         self, k: int, done: list[bool], draft_follows: bool, generator: torch.Generator | None = None
-    ) -> Callable[[], tuple[list[int], list[list[int]], float]]:
+    ) -> Callable[[], tuple[list[int], list[list[int]], float, float]]:
         """Begin a pass. Returns what waits for it, and gives for each row how many guesses stay, and its guesses with
-        the token after them last; and the seconds that it took."""
+        the token after them last; and the seconds that it took, and those of them in which the draft only read."""
         if any(done):  # they go on, at the beginning of their caches, where there is always room
             stay = torch.tensor([not d for d in done], device=self.device)
             self.position.copy_(self.position * stay + ~stay)
-        if k == 0 and draft_follows:
-            self.draft.read(self.before, self.last, self.position)
         self._capture(k)
         cuda = self.device.type == "cuda"
         if cuda:
-            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun, read, ended = (torch.cuda.Event(enable_timing=True) for _ in range(3))
             begun.record()
         t0 = time.perf_counter()
+        if k == 0 and draft_follows:
+            self.draft.read(self.before, self.last, self.position)
+        if cuda:
+            read.record()
+        t1 = time.perf_counter()
         exponential, uniform = self.noise[k]
         if self.settings[0] != 0:
             exponential.exponential_(generator=generator)
             uniform.uniform_(generator=generator)
         result = self.graphs[k]() if cuda else self._pass(k)
-        elapsed_s = time.perf_counter() - t0
+        t2 = time.perf_counter()
         if cuda:
             result = torch.empty_like(result, device="cpu", pin_memory=True).copy_(result, non_blocking=True)
             ended.record()
 
-        def wait() -> tuple[list[int], list[list[int]], float]:
+        def wait() -> tuple[list[int], list[list[int]], float, float]:
+            elapsed_s, read_s = t2 - t0, t1 - t0
             if cuda:
                 ended.synchronize()
+                elapsed_s, read_s = begun.elapsed_time(ended) / 1e3, begun.elapsed_time(read) / 1e3
             kept, *new = result.T.tolist()
-            seconds = begun.elapsed_time(ended) / 1e3 if cuda else elapsed_s
-            return kept, [list(row) for row in zip(*new, strict=True)], seconds
+            return kept, [list(row) for row in zip(*new, strict=True)], elapsed_s, read_s
 
         return wait
 
