@@ -372,6 +372,7 @@ def _micro_batches(start: int, end: int | None, size: int, rank: int, world_size
 
 
 HANGS_S = 600  # a worker that has not delivered for so long will not
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a scheduler's, of which workers take no notice
 
 
 class PackedLoader:
@@ -425,15 +426,21 @@ class PackedLoader:
             worker_init_fn=_outlive_signals,
             timeout=HANGS_S if self.num_workers else 0,
         )
-        batches = iter(batches)
+        # Workers are forked here with these signals blocked, until they ignore them: none is lost to one in between.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            batches = iter(batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while True:
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             except RuntimeError as e:  # DataLoader's: a worker was killed, or has hung
-                raise OSError(f"rank {self.rank} gets no data: {e}") from e
+                batch = OSError(f"rank {self.rank} gets no data: {e}")
             if isinstance(batch, Exception):
+                batches = None  # ends the workers, to which the error's traceback would hold on
                 raise batch
             self.sequences = self.sequences + step if end is None else min(self.sequences + step, end)
             yield batch
@@ -472,9 +479,9 @@ def _as_it_is(batch):
 def _outlive_signals(worker: int) -> None:
     """A scheduler sends its signals to all processes of a job, and the main one still finishes and saves its step.
     DataLoader ends the workers by other means, and they end by themselves when the main process is gone."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _close(generator: weakref.ref) -> None:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed_data import TOKENIZER, write_source, write_sparse
 
+from lit_gpt import packed_dataset
 from lit_gpt.kernels import IGNORE_INDEX
 from lit_gpt.packed_dataset import PackedDataset, PackedLoader, ValidationSet, document_batch
 from lit_gpt.shards import TokenStream, write_shard
@@ -199,6 +200,18 @@ def test_the_state_counts_what_was_taken_and_not_what_workers_read_ahead(two_sou
     resumed.load_state_dict(loader.state_dict() | {"sequences": 16})
     assert torch.equal(next(iter(resumed)), third)
     assert len(json.dumps(loader.state_dict())) < 500
+
+
+def test_a_signal_that_comes_before_a_worker_is_ready_for_it_is_ignored_too(two_sources, monkeypatch):
+    ready = packed_dataset._outlive_signals
+
+    def signalled(worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        ready(worker)
+
+    monkeypatch.setattr(packed_dataset, "_outlive_signals", signalled)
+    expected = take(PackedLoader(dataset(two_sources), 4, num_workers=0), 3)
+    assert take(PackedLoader(dataset(two_sources), 4, num_workers=1), 3) == expected
 
 
 def test_workers_outlive_the_signals_of_a_scheduler(two_sources):
@@ -386,21 +399,30 @@ def test_a_part_of_the_validation_data_is_evenly_spread_and_fixed(two_sources):
     assert len(ValidationSet(two_sources, ["train_slim"], 10, vocab_size=32000, max_sequences=10**9)) == 501
 
 
-def test_an_error_ends_the_program_that_has_workers(two_sources):
+@pytest.mark.parametrize("whose", ["the program's", "the data's"])
+def test_an_error_ends_the_program_that_has_workers(two_sources, whose):
     """Workers outlive signals, and Python waits for its children at exit."""
+    if whose == "the data's":
+        write_shard(two_sources / "train_star_0000000001.bin", np.full(128, 32000, np.uint16))
     code = f"""
 from lit_gpt.packed_dataset import PackedDataset, PackedLoader
 
 def train():
     data = PackedDataset({str(two_sources)!r}, {{"train_star": 1}}, 10, seed=1, vocab_size=32000)
     batches = iter(PackedLoader(data, 4, num_workers=1))
-    next(batches)
+    for _ in range({1 if whose == "the program's" else 100}):
+        next(batches)
     raise RuntimeError("out of memory")
 
-train()
+try:
+    train()
+except (RuntimeError, ValueError) as error:
+    print(error)
+    raise SystemExit(1)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: out of memory\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert ("out of memory" if whose == "the program's" else "is id 32000") in done.stdout
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
