@@ -39,6 +39,7 @@ def main(
     new_tokens: int = 192,
     texts: int = 8192,
     temperatures: list[float] = (0.0, 1.0),
+    rows: int = 256,
     steps: int = 256,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
@@ -58,13 +59,27 @@ def main(
         new_tokens: ... by so many.
         texts: Pieces to take, at random.
         temperatures: Of the continuations, in equal shares: those that the draft will be used at; 0 is greedy.
+        rows: Pieces that the target continues at once. Its cache of them is what takes memory: 32 GiB for 256 tokens
+            of 256 pieces and a model of 7B.
         steps: Optimizer steps. With the defaults every row is seen twice.
         batch_size: Rows in a step.
         learning_rate: Peak, after a tenth of the steps; it falls to a tenth.
         seed: Of the choice of pieces, of samples and order.
         device: cpu or cuda; auto takes a GPU if there is one.
         overwrite: Replace out_dir if it exists.
+
+    Raises:
+        ValueError: names every flag that makes no sense.
     """
+    least = dict(prompt_tokens=(prompt_tokens, 2), new_tokens=(new_tokens, 1), texts=(texts, max(1, len(temperatures))))
+    least |= dict(rows=(rows, 1), steps=(steps, 1), batch_size=(batch_size, 1))
+    problems = [f"--{flag} {n}: give {at_least} or more" for flag, (n, at_least) in least.items() if n < at_least]
+    if not temperatures or min(temperatures) < 0:
+        problems.append(f"--temperatures {list(temperatures)}: give one or more, none below 0")
+    if not learning_rate > 0:
+        problems.append(f"--learning_rate {learning_rate} is not positive")
+    if problems:
+        raise ValueError("; ".join(problems))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -93,26 +108,32 @@ def main(
             return load_model(which, kernels, device, weights_dtype)
 
         target = load(found, dtype)
-        rows = continued(target, starts, new_tokens, temperatures, torch.Generator(device).manual_seed(seed))
+        samples = torch.Generator(device).manual_seed(seed)
+        continuations = continued(target, starts, new_tokens, temperatures, rows, samples)
         draft = load(found_draft, torch.float32).train().requires_grad_(True)
         if dtype != torch.float32:
             draft.compute_in(dtype)
-        teach(target, draft, rows, steps, batch_size, learning_rate, generator)
+        teach(target, draft, continuations, steps, batch_size, learning_rate, generator)
         weights = {name: w.cpu() for name, w in draft.state_dict().items()}
         write_lit(Pretrained(folder, found_draft.config, weights), folder)
         copy_tokenizer(found.tokenizer, folder)
-    print(f"{out_dir}: the draft, taught for {steps:,} steps by {len(rows):,} texts of the target")
+    print(f"{out_dir}: the draft, taught for {steps:,} steps by {texts:,} texts of the target")
 
 
 def continued(
-    target: GPT, starts: torch.Tensor, new_tokens: int, temperatures: list[float], generator: torch.Generator
+    target: GPT,
+    starts: torch.Tensor,
+    new_tokens: int,
+    temperatures: list[float],
+    at_once: int,
+    generator: torch.Generator,
 ) -> torch.Tensor:
     """starts (R, n), each with the target's continuation, (R, n + new_tokens). Documents that end are followed by what
     the target begins then."""
     rows = []
     with tqdm(total=len(starts), desc="target", unit=" texts") as progress:
         for temperature, part in zip(temperatures, starts.tensor_split(len(temperatures)), strict=True):
-            for prompts in part.split(1024):
+            for prompts in part.split(at_once):
                 sampling = dict(temperature=temperature, generator=generator, max_new_tokens=new_tokens)
                 rows.append(torch.cat((prompts, torch.stack(list(decode(target, prompts.tolist(), **sampling)), 1)), 1))
                 progress.update(len(prompts))
@@ -133,6 +154,7 @@ def teach(
     What is shown beside the loss, in nats a token, is the share of guesses that would stay at temperature 1: the sum of
     min(p, q) over the ids (Leviathan et al. 2022, arXiv:2211.17192, corollary 3.6), over the last batch looked at.
     """
+    known = draft.transformer.wte.weight.size(0)  # tables of embeddings are padded to different sizes
     V, device = min(target.config.vocab_size, draft.config.vocab_size), target.lm_head.weight.device
     optimizer = torch.optim.AdamW(param_groups(draft, 0.1), lr=learning_rate, betas=(0.9, 0.95), fused=True)
     schedule = dict(max_steps=steps, warmup_steps=steps // 10, learning_rate=learning_rate, min_lr=learning_rate / 10)
@@ -145,7 +167,7 @@ def teach(
             idx = rows[order[step * batch_size : (step + 1) * batch_size]].to(device)
             with torch.no_grad():
                 p = target(idx)[..., :V].float().softmax(-1)  # (B, T, V)
-            log_q = draft(idx)[..., :V].float().log_softmax(-1)
+            log_q = draft(idx.clamp(max=known - 1))[..., :V].float().log_softmax(-1)
             loss = F.kl_div(log_q, p, reduction="sum") / idx.numel()
             loss.backward()
             clip_and_step(optimizer, 1.0)

@@ -330,7 +330,7 @@ def test_graphs_of_whole_passes_equal_the_target_alone(draft):
 
 
 @pytest.mark.slow
-def test_a_taught_draft_guesses_better(tmp_path, tokenizer_cache):
+def test_a_taught_draft_guesses_better(tmp_path, tokenizer_cache, monkeypatch):
     script = runpy.run_path(str(ROOT / "speculative_decoding" / "distill.py"))
     write_lit_folder(tmp_path / "target")
     write_lit_folder(tmp_path / "draft", n_layer=1, n_embd=32, n_head=2)
@@ -354,10 +354,35 @@ def test_a_taught_draft_guesses_better(tmp_path, tokenizer_cache):
         accepted.append(speculator.stats.acceptance_rate)
     assert accepted[0] < 0.2 and accepted[1] > 0.4
 
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(script["main"].__globals__, "teach", interrupted)
+        script["main"](*where, tmp_path / "b", rows=3, **settings)
+    assert not list(tmp_path.glob("b*"))
     with pytest.raises(ValueError, match="4 . 61 exceed 64 tokens"):
         script["main"](*where, tmp_path / "b", **{**settings, "new_tokens": 61})
     manifest = tmp_path / "packed" / "texts.manifest.json"
     manifest.write_text(manifest.read_text().replace(tokenizer.sha256, "0" * 64))
     with pytest.raises(ValueError, match="packed was made with another tokenizer than"):
         script["main"](*where, tmp_path / "b", **settings)
-    assert not (tmp_path / "b").exists() and not (tmp_path / "b.tmp").exists()
+
+
+def test_a_draft_that_knows_fewer_ids_is_taught():
+    teach = runpy.run_path(str(ROOT / "speculative_decoding" / "distill.py"))["teach"]
+    draft = tiny(vocab_size=400).train().requires_grad_(True)
+    before = draft.lm_head.weight.clone()
+    teach(tiny(), draft, torch.tensor([[3, 499, 5]] * 4), 2, 2, 1e-2, torch.Generator().manual_seed(0))
+    assert draft.lm_head.weight.isfinite().all() and not torch.equal(draft.lm_head.weight, before)
+
+
+def test_flags_that_teach_nothing_are_refused_all_at_once(tmp_path):
+    main = runpy.run_path(str(ROOT / "speculative_decoding" / "distill.py"))["main"]
+    flags = dict(prompt_tokens=1, texts=1, temperatures=[0.0, 1.0], rows=0, steps=0, learning_rate=0.0)
+    with pytest.raises(ValueError) as caught:
+        main(tmp_path, tmp_path, tmp_path, {"texts": 1.0}, tmp_path / "b", **flags)
+    for flag in ("--prompt_tokens 1:", "--texts 1: give 2", "--rows 0", "--steps 0", "--learning_rate 0.0"):
+        assert flag in str(caught.value)
+    with pytest.raises(ValueError, match=r"--temperatures \[\]: give one or more"):
+        main(tmp_path, tmp_path, tmp_path, {"texts": 1.0}, tmp_path / "b", temperatures=[])
