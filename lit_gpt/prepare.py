@@ -55,7 +55,8 @@ DELIMITERS = {"bos+eos": (True, True), "eos": (False, True), "bos": (True, False
 CHUNK_SIZE = 2049 * 1024
 """Tokens in a shard, as in TinyLlama"""
 CHECK_FIRST = 100_000
-"""So many characters of the first documents, of all workers together, are encoded by the reference too"""
+"""So many characters of the first documents, of all workers together, are encoded by the reference too; all, if there
+are fewer"""
 CHECK_EVERY = 1000
 """Afterwards one document in so many is encoded by the reference too"""
 SLOT = 2 * UNIT
@@ -91,16 +92,14 @@ class EncodedUnit:
 class UnitEncoder:
     """Reads units and encodes them; lives in each worker."""
 
-    def __init__(
-        self, paths: list[Path], fields: Fields, encoder: BatchEncoder, delimiters: str, processes: int
-    ) -> None:
+    def __init__(self, paths: list[Path], fields: Fields, encoder: BatchEncoder, delimiters: str) -> None:
         self.paths, self.fields, self.encoder = paths, fields, encoder
         self.bos, self.eos = DELIMITERS[delimiters]
         encoder.tokenizer.delimiters(bos=self.bos, eos=self.eos)  # one that does not exist is refused before any work
         self.dtype = token_dtype(encoder.tokenizer.vocab_size)
         self._source_index, self._source = -1, None
         self._until_check = 0
-        self._to_check = CHECK_FIRST / processes
+        self._to_check = multiprocessing.get_context("fork").Value("q", CHECK_FIRST)  # of all workers
 
     def __call__(self, task: list[tuple[int, int]] | Block) -> list[EncodedUnit]:
         """Encode the units [(index of the file, index of the unit in it), ...] as one batch, or a unit that is read."""
@@ -140,14 +139,15 @@ class UnitEncoder:
         return self._source.read(unit_index, self.fields)
 
     def _check(self, texts: list[str]) -> None:
-        """Hold some documents against the reference: a share of CHECK_FIRST characters, then one in CHECK_EVERY."""
+        """Hold some documents against the reference: the first, of CHECK_FIRST characters, and one in CHECK_EVERY."""
         sample = texts[self._until_check :: CHECK_EVERY]
         self._until_check = (self._until_check - len(texts)) % CHECK_EVERY
-        for text in texts:
-            if self._to_check <= 0:
-                break
-            self._to_check -= len(text)
-            sample.append(text)
+        with self._to_check.get_lock():
+            for text in texts:
+                if self._to_check.value <= 0:
+                    break
+                self._to_check.value -= len(text)
+                sample.append(text)
         if (text := self.encoder.disagreement(sample)) is not None:
             raise ValueError(
                 f"gigatoken's ids differ from the reference tokenizer's on the document that begins {text[:60]!r}; "
@@ -408,7 +408,7 @@ def prepare(args: PrepareArgs, prefix: str, patterns: list[str], fields: Fields)
     encoder = BatchEncoder(Tokenizer(args.tokenizer_path), args.engine)
     if encoder.why_slow:
         print(f"slow: {encoder.why_slow}; encoding with the reference tokenizer instead")
-    unit_encoder = UnitEncoder(paths, fields, encoder, args.delimiters, args.processes)
+    unit_encoder = UnitEncoder(paths, fields, encoder, args.delimiters)
     if args.dry_run:
         return estimate(unit_encoder, args.processes)
     manifest = Manifest(

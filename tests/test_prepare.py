@@ -483,6 +483,26 @@ def test_a_difference_from_the_reference_stops_the_run(corpus, tokenizer_path, t
             run(corpus[0], tokenizer_path, tmp_path, processes=processes)
 
 
+def test_the_first_documents_are_checked(tokenizer_path, tmp_path, small_units, monkeypatch):
+    """CHECK_FIRST characters in all, however many processes and units there are."""
+    checked, disagreement = tmp_path / "checked", tokenizer_module.BatchEncoder.disagreement
+
+    def spy(self, texts):
+        with open(checked, "a") as file:  # from the workers
+            file.writelines("x" for text in texts if text.startswith("fox"))
+        return disagreement(self, texts)
+
+    monkeypatch.setattr(tokenizer_module.BatchEncoder, "disagreement", spy)
+    for name, files, expected in (("one", 1, 50), ("six", 6, 100)):
+        for n in range(files):
+            path = tmp_path / name / f"{n}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f'{{"text": "{"fox " * 250}"}}\n' * 50)  # 50,000 characters
+        run(tmp_path / name, tokenizer_path, tmp_path / "out" / name, name, ["*.jsonl"], Fields(), processes=8)
+        assert expected <= len(checked.read_text()) <= expected + 8  # and the first document of each worker
+        checked.unlink()
+
+
 def script(name: str, *flags: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, flags)], capture_output=True, text=True
