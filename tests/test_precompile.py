@@ -1,9 +1,13 @@
 """Kernels that are compiled ahead: by the right process, once, and the very ones that a step calls."""
 
+import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +36,7 @@ def environment(tmp_path) -> dict[str, str]:
 
 def test_the_model_is_the_command_lines(tmp_path):
     (tmp_path / "run.yaml").write_text("max_steps: 3\nmodel: tinyllama3_2b\n")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     for argv, model in {
         "": "tiny_LLaMA_1b",
         "--micro_batch_size 4 --model tiny_LLaMA_120M --devices 1": "tiny_LLaMA_120M",
@@ -41,6 +46,7 @@ def test_the_model_is_the_command_lines(tmp_path):
         f"--config {tmp_path}/run.yaml": "tinyllama3_2b",
         f"--config={tmp_path}/run.yaml": "tinyllama3_2b",
         f"--config {tmp_path}/missing.yaml": "tiny_LLaMA_1b",
+        f"--config {tmp_path}/latin.yaml": "tiny_LLaMA_1b",
     }.items():
         assert precompile.model_named(["pretrain/tinyllama.py", *argv.split()]) == model
 
@@ -54,8 +60,18 @@ def test_begins_only_where_there_is_a_gpu_and_a_run(tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         precompile.begin(["tinyllama.py"])
     executable(tmp_path / "bin/nvidia-smi", "#!/bin/sh\n")
-    for argv in (["--help"], ["--plan", "8xH100"], ["--plan=8xH100"], ["--kernels", "triton"], ["--kernels=[]"]):
-        precompile.begin(["tinyllama.py", *argv])
+    (tmp_path / "cpu.yaml").write_text("accelerator: cpu\n")
+    for flags in (
+        *("--help", "--plan 8xH100", "--plan=8xH100", "--kernels triton", "--kernels=[]", "--accelerator cpu"),
+        *("--precision=fp32", "--precision [fp32]", f"--config {tmp_path}/cpu.yaml"),
+    ):
+        precompile.begin(["tinyllama.py", *flags.split()])
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        precompile.begin(["tinyllama.py"])
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(tmp_path / "missing"))  # not to begin is no reason not to train
+        precompile.begin(["tinyllama.py"])
     precompile.begin(["benchmark.py", "--kernels", "[triton, auto]", "--model", "tiny_LLaMA_120M"])
     for _ in range(100):
         time.sleep(0.1)
@@ -64,18 +80,50 @@ def test_begins_only_where_there_is_a_gpu_and_a_run(tmp_path, monkeypatch):
     assert called.read_text() == "-m lit_gpt.precompile --model tiny_LLaMA_120M\n"
 
 
-@pytest.mark.slow
-def test_is_done_once(environment, tmp_path):
-    """With a flash-attn-4 whose functions are written here, as on a machine with a Hopper GPU."""
-    works = f"""
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("", "one of the arguments --model --heads is required"),
+        ("--model tiny_LLaMA_1b --heads 4 2 64", "not allowed with argument"),
+        ("--model tiny_LLaMA_1b --capability sm_90", "'sm_90' is not the capability of a GPU"),
+        ("--model tiny_LLaMA_1b", "error: there is no nvidia-smi"),
+    ],
+)
+def test_wrong_arguments(flags, message, environment, tmp_path):
+    environment |= {"PATH": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([*PROGRAM, *flags.split()], env=environment, capture_output=True, text=True)
+    assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_child_that_does_not_end_is_killed():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    assert not precompile.succeeded(child, time.monotonic() + 0.1)
+    assert child.exitcode == -signal.SIGKILL
+
+
+WORKS = """
+def write(name, text):
+    open(f"{folder}/{{name}}", "a").write(text)
+
 def _flash_attn_fwd(q, k, v, causal, return_lse):
     assert (q.shape, k.shape, q.device.type) == ((1, 256, 4, 64), (1, 256, 2, 64), "cuda")
-    open("{tmp_path}/forward", "a").write("x")
+    write("forward", "x")
 
 
 def _flash_attn_bwd(q, k, v, out, dout, lse, causal):
-    open("{tmp_path}/backward", "a").write("x")
+    write("backward", "x")
 """
+HANGS = """
+    import os, time
+    write("child", f"{os.getpid()} ")
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def packages(environment, tmp_path) -> Path:
+    """Where a flash-attn-4 lies whose interface is still to be written, as on a machine with a Hopper GPU."""
     packages = tmp_path / "packages"
     for name, text in {
         "cutlass.py": "",
@@ -88,17 +136,71 @@ def _flash_attn_bwd(q, k, v, out, dout, lse, causal):
         (packages / name).write_text(text)
     environment["PYTHONPATH"] = f"{packages}{os.pathsep}{os.getcwd()}"
     environment["PYTHONDONTWRITEBYTECODE"] = "1"  # of the same second and size, it would pass for the next text's
-    left = []
-    for interface in (works + "    raise RuntimeError", works, works):
+    return packages
+
+
+@pytest.mark.slow
+def test_is_done_once(environment, packages, tmp_path):
+    works = WORKS.format(folder=tmp_path)
+    command = [*PROGRAM, "--heads", "4", "2", "64", "--capability", "9.0"]
+    done = []
+    for interface, together in ((works + "    raise RuntimeError", 2), (works, 1), (works, 1)):
         (packages / "flash_attn/cute/interface.py").write_text(interface)
-        subprocess.run([*PROGRAM, "--heads", "4", "2", "64", "--capability", "9.0"], env=environment)
-        left.append(len(list((tmp_path / "QUACK_CACHE_DIR").glob("precompiled-*"))))
-    assert left == [0, 1, 1]  # what failed is tried again
+        programs = [subprocess.Popen(command, env=environment) for _ in range(together)]
+        codes = sorted(program.wait() for program in programs)
+        done.append((codes, len(list((tmp_path / "QUACK_CACHE_DIR").glob("precompiled-*-9.0")))))
+    # What failed is tried again, but not by who waited for it.
+    assert done == [([0, 1], 0), ([0], 1), ([0], 1)]
     assert (tmp_path / "forward").read_text() == (tmp_path / "backward").read_text() == "xx"
     executable(tmp_path / "bin/nvidia-smi", "#!/bin/sh\necho 8.0\n")  # by itself it finds out that this is no Hopper
     environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
     subprocess.run([*PROGRAM, "--heads", "8", "2", "64"], env=environment, check=True)
     assert (tmp_path / "forward").read_text() == "xx"
+    assert not list((tmp_path / "QUACK_CACHE_DIR").glob("precompiled-*-8.0"))  # nothing was to be done
+
+    # What another cache lacks is compiled into it; and a child dies with its parent.
+    (packages / "flash_attn/cute/interface.py").write_text(works + HANGS)
+    environment["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(tmp_path / "other")
+    program = subprocess.Popen(command, env=environment)
+    assert within(60, lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text())
+    program.kill()
+    program.wait()
+    child = Path("/proc") / (tmp_path / "child").read_text().strip()
+    # Where no init reaps orphans, a dead one stays as a zombie.
+    assert within(5, lambda: not child.exists() or "State:\tZ" in (child / "status").read_text())
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.slow
+def test_quack_alone(environment, packages, tmp_path):
+    pytest.importorskip("triton")
+    shutil.rmtree(packages / "flash_attn_4-0.0.dist-info")
+    shutil.rmtree(packages / "flash_attn")
+    gemm = f"""
+from types import SimpleNamespace
+
+def write(*args, **kwargs):
+    open("{tmp_path}/called", "a").write("x")
+
+gemm_tuned = gemm_gated_tuned = gemm_dgated_tuned = SimpleNamespace(fn=write)
+"""
+    for name, text in {
+        "quack/gemm_config.py": "GemmConfig = dict",
+        "quack/gemm_interface.py": gemm,
+        "quack_kernels-0.0.dist-info/METADATA": "Name: quack-kernels\nVersion: 0.0\n",
+    }.items():
+        (packages / name).parent.mkdir(exist_ok=True)
+        (packages / name).write_text(text)
+    subprocess.run([*PROGRAM, "--heads", "4", "2", "64", "--capability", "9.0"], env=environment, check=True)
+    assert (tmp_path / "called").read_text() == "xxxx"
 
 
 MISSES = """
@@ -113,19 +215,32 @@ triton.knobs.compilation.listener = listener
 
 
 @pytest.mark.slow
-def test_triton_compiles_without_a_gpu(environment):
-    """For the named GPU; and the second time finds all of it."""
+def test_triton_compiles_without_a_gpu(environment, tmp_path):
+    """For the named GPU, however large; and the second time finds all of it. Launchers want the driver's library."""
     pytest.importorskip("triton")
     code = MISSES + (
+        "import sys\n"
         "from lit_gpt.config import Config\n"
+        "from lit_gpt.kernels import fused\n"
         "from lit_gpt.precompile import triton_kernels\n"
-        "triton_kernels(Config.from_name('tiny_LLaMA_120M'), 80)\n"
-        "print(sorted(set(misses)))"
+        "fused._multiprocessors = lambda device: int(sys.argv[1])\n"
+        "try:\n"
+        "    triton_kernels(Config.from_name('tiny_LLaMA_120M'), 80)\n"
+        "finally:\n"
+        "    print(sorted(set(misses)))"
     )
-    first, second = (
-        subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True).stdout
-        for _ in range(2)
-    )
+
+    def run(multiprocessors: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", code, str(multiprocessors)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = run(132)
+    assert done.returncode == 0, done.stderr
+    first = done.stdout
+    environment["TRITON_LIBCUDA_PATH"] = str(tmp_path)
+    done = run(114)
+    assert done.returncode and "CalledProcessError" in done.stderr
+    second = done.stdout
     for name in (
         "_add_rms_norm_forward",
         "_add_rms_norm_backward",
