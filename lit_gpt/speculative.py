@@ -277,6 +277,8 @@ class Speculator:
         """Guesses that stayed, of those before which all did; the older the less they weigh."""
         self.pass_s: dict[int, float] = {}
         """Seconds of a pass, by the number of guesses, with all that the draft does in it."""
+        self._begun = 0
+        """Passes over all texts; with a fixed number of guesses those of this text."""
         self._cold = set(range(MAX_GUESSES + 1))
         """Numbers of guesses whose next pass is the first of its kind, and slow."""
 
@@ -343,7 +345,8 @@ class Speculator:
         yield
         # A GPU begins the next pass while this one is looked at, unless that may leave nothing to do, or no room.
         running: list[tuple[int, Callable]] = []
-        count = 0
+        if self.guesses is not None:
+            self._begun = 0  # a seed must give the same samples again
         while not all(done):
             active = [r for r, d in enumerate(done) if not d]
             while len(running) < 1 + (passes.device.type == "cuda"):
@@ -354,8 +357,8 @@ class Speculator:
                 room = min(length, passes.draft.room()) - max(lengths[r] + len(rows[r]) for r in active) - coming
                 if coming and room < MAX_GUESSES:
                     break
-                k = self._next(count, room)
-                count += 1
+                k = self._next(self._begun, room)
+                self._begun += 1
                 running.append((k, passes.begin(k, done, room >= 0, generator)))
             k, wait = running.pop(0)
             kept, new, elapsed_s, read_s = wait()
@@ -400,12 +403,13 @@ class Speculator:
         self.pass_s[k] = elapsed_s if known is None else 0.8 * known + 0.2 * min(elapsed_s, 4 * known)
 
     def _next(self, i: int, room: int) -> int:
-        """Guesses in pass i of a text; now and then none, to compare with, or a number on trial: one that was not timed
-        yet, or, where none pays, the one that comes nearest to it."""
-        if self.guesses is not None:
-            k = 0 if i % 64 == 1 else self.guesses  # by i alone: a seed must give the same samples again
-        elif i % 128 == 127 or (i % 2 and (0 not in self.pass_s or len(self.stats.plain_token_s) < PLAIN_PASSES)):
+        """Guesses in pass i; now and then none, to compare with, or a number on trial: one that was not timed yet, or,
+        where none pays, the one that comes nearest to it."""
+        few = 0 not in self.pass_s or len(self.stats.plain_token_s) < PLAIN_PASSES
+        if i % 64 == 1 or (self.guesses is None and few and i % 2):
             k = 0
+        elif self.guesses is not None:
+            k = self.guesses
         elif i % 8 == 0:
             k = next((g for g in TIMED_GUESSES if g <= room and g not in self.pass_s), 0) or self._best(at_least=1)
         else:
