@@ -216,7 +216,7 @@ triton.knobs.compilation.listener = listener
 
 @pytest.mark.slow
 def test_triton_compiles_without_a_gpu(environment, tmp_path):
-    """For the named GPU, however large; and the second time finds all of it. Launchers want the driver's library."""
+    """For the named GPU, however large; and the second time finds all of it. That a launcher fails is seen."""
     pytest.importorskip("triton")
     code = MISSES + (
         "import sys\n"
@@ -237,7 +237,7 @@ def test_triton_compiles_without_a_gpu(environment, tmp_path):
     done = run(132)
     assert done.returncode == 0, done.stderr
     first = done.stdout
-    environment["TRITON_LIBCUDA_PATH"] = str(tmp_path)
+    environment |= {"TRITON_LIBCUDA_PATH": str(tmp_path), "CC": "/bin/false"}
     done = run(114)
     assert done.returncode and "CalledProcessError" in done.stderr
     second = done.stdout
