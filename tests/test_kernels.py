@@ -467,5 +467,15 @@ def test_a_package_that_does_not_import_says_so(monkeypatch, tmp_path):
     (tmp_path / "xformers/ops.py").write_text("from flash_attn.flash_attn_interface import nothing")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    with pytest.raises(ValueError, match="'xformers': is installed, but does not import here .*flash_attn"):
-        select_kernels("xformers+torch", device=torch.device("cuda"), dtype=torch.bfloat16)
+    for name in imported("xformers"):
+        monkeypatch.delitem(sys.modules, name)  # it comes back afterwards
+    try:
+        with pytest.raises(ValueError, match="'xformers': is installed, but does not import here .*flash_attn"):
+            select_kernels("xformers+torch", device=torch.device("cuda"), dtype=torch.bfloat16)
+    finally:
+        for name in imported("xformers"):
+            del sys.modules[name]
+
+
+def imported(package: str) -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] == package]

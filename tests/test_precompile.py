@@ -216,29 +216,25 @@ triton.knobs.compilation.listener = listener
 
 @pytest.mark.slow
 def test_triton_compiles_without_a_gpu(environment, tmp_path):
-    """For the named GPU, however large; and the second time finds all of it. That a launcher fails is seen."""
+    """For the named GPU; and the second time finds all of it. That a launcher fails is seen."""
     pytest.importorskip("triton")
     code = MISSES + (
-        "import sys\n"
         "from lit_gpt.config import Config\n"
-        "from lit_gpt.kernels import fused\n"
         "from lit_gpt.precompile import triton_kernels\n"
-        "fused._multiprocessors = lambda device: int(sys.argv[1])\n"
         "try:\n"
         "    triton_kernels(Config.from_name('tiny_LLaMA_120M'), 80)\n"
         "finally:\n"
         "    print(sorted(set(misses)))"
     )
 
-    def run(multiprocessors: int) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", code, str(multiprocessors)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+    def run() -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
-    done = run(132)
+    done = run()
     assert done.returncode == 0, done.stderr
     first = done.stdout
     environment |= {"TRITON_LIBCUDA_PATH": str(tmp_path), "CC": "/bin/false"}
-    done = run(114)
+    done = run()
     assert done.returncode and "CalledProcessError" in done.stderr
     second = done.stdout
     for name in (

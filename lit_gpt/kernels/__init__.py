@@ -105,7 +105,7 @@ def select_kernels(
         rest_order[0] if rest_name == "auto" else rest_name,
     ]
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and dtype == torch.bfloat16:
-        _compile_ahead({"fa4", "quack"}.intersection(first), heads)
+        _compile_ahead({"fa4", "quack"}.intersection(first), heads, device)
     rest, why_rest = _choose(rest_name, rest_order, lambda n: _usable(n, device, dtype))
     attend, why_attend = _choose(attention_name, order, lambda n: _attention.usable(n, device, dtype, heads))
     functions = {"attention": _attention.load(attend)}
@@ -125,7 +125,7 @@ def select_kernels(
     return Kernels(**functions, compile_blocks=rest == "compile", choices=choices)
 
 
-def _compile_ahead(backends: Collection[str], heads: tuple[int, int, int]) -> None:
+def _compile_ahead(backends: Collection[str], heads: tuple[int, int, int], device: torch.device) -> None:
     """Let the program lit_gpt/precompile.py compile flash-attn-4's and quack's kernels for Hopper side by side, or wait
     for the one that the script has begun; without it each would be compiled where it is first called."""
     if not backends:
@@ -137,7 +137,7 @@ def _compile_ahead(backends: Collection[str], heads: tuple[int, int, int]) -> No
                 _attention.load("fa4")
             if "quack" in backends:
                 import lit_gpt.kernels.quack_mlp  # noqa: F401
-            x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+            x = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
             torch.mm(x, x)  # cuBLAS reads hundreds of MB at its first product
         try:
             program.wait(120)
