@@ -36,9 +36,10 @@ class Decoder:
         dtype = compute(model.transformer.wte.weight).dtype
         self.cache = KVCache(c, batch_size, length, self.device, dtype)
         self.token, self.position = (torch.zeros(batch_size, dtype=torch.int64, device=self.device) for _ in range(2))
-        """Where `walk` is."""
+        self.inverse_temperature = torch.ones(1, device=self.device)
+        """Where `walk` is, and how it draws."""
         self._noise: torch.Tensor | None = None
-        self._walks: dict[float, Graph] = {}
+        self._walks: dict[bool, Graph] = {}
         self._graphs: dict[int, Graph] = {}
         self._prompt_graphs: dict[int, Graph | None] = {}
         self._weights = weights_of(model)
@@ -115,29 +116,30 @@ class Decoder:
         return self._graphs[T](idx, position)
 
     @torch.inference_mode()
-    def walk(self, move: Callable, temperature: float, generator: torch.Generator | None = None) -> None:
-        """Move self.token and self.position (B,) on by a token of each row. On a GPU only: a graph for each
-        temperature.
+    def walk(self, move: Callable, drawn: bool, generator: torch.Generator | None = None) -> None:
+        """Move self.token and self.position (B,) on by a token of each row. On a GPU only: a graph for greedy, one for
+        all temperatures.
 
         Args:
-            move: (logits (B, V), noise, token, position) moves these two; the noise is exponentially distributed,
-                (B, V), or None for temperature 0.
+            move: (logits (B, V), noise, self.inverse_temperature, token, position) moves the last two; always the same.
+            drawn: the noise is exponentially distributed, (B, V), and not None.
         """
         noise = None
-        if temperature > 0:
+        if drawn:
             if self._noise is None:
                 self._noise = torch.ones(self.batch_size, self.model.config.vocab_size, device=self.device)
             noise = self._noise.exponential_(generator=generator)
 
         def step() -> None:
-            move(self.forward(self.token[:, None], self.position)[:, 0], noise, self.token, self.position)
+            logits = self.forward(self.token[:, None], self.position)[:, 0]
+            move(logits, noise, self.inverse_temperature, self.token, self.position)
 
-        if temperature not in self._walks:
+        if drawn not in self._walks:
             token, position = self.token.clone(), self.position.clone()
-            self._walks[temperature] = Graph(step)
+            self._walks[drawn] = Graph(step)
             self.token.copy_(token)
             self.position.copy_(position)
-        self._walks[temperature]()
+        self._walks[drawn]()
 
     def forward(
         self, idx: torch.Tensor, position: torch.Tensor, ahead: int = 0, only_last: bool = False
@@ -150,9 +152,12 @@ class Decoder:
         if self._fused is not None and idx.numel() <= self._fused.MAX_ROWS:
             logits = self._fused_forward(idx, position, ahead, only_last)
         else:
-            positions = position[:, None] + ahead + torch.arange(idx.size(1), device=idx.device)  # (B, T)
-            logits = self.model(idx, cache=self.cache, positions=positions)
-        return logits[:, -1 if only_last else 0 :, : self.model.config.vocab_size]
+            B, T = idx.shape
+            positions = position[:, None] + ahead + torch.arange(T, device=idx.device)  # (B, T)
+            last = torch.arange(T - 1, B * T, T, device=idx.device) if only_last else None
+            logits = self.model(idx, cache=self.cache, positions=positions, logits_at=last)
+            logits = logits.view(B, -1, logits.size(-1))
+        return logits[..., : self.model.config.vocab_size]
 
     def _fused_forward(self, idx: torch.Tensor, position: torch.Tensor, ahead: int, only_last: bool) -> torch.Tensor:
         """As GPT.forward for a Llama model, with the norms, SwiGLU and the additions inside the matrix products."""

@@ -100,12 +100,6 @@ class FusedChoice(Choice):
         ids, log_sum = self.kernels.draw(logits, self.temperature, noise)
         return ids, (logits, log_sum)
 
-    def move(
-        self, logits: torch.Tensor, noise: torch.Tensor | None, token: torch.Tensor, position: torch.Tensor
-    ) -> None:
-        """Draw into token, and raise position, (R,) each."""
-        self.kernels.draw(logits, self.temperature, noise, (token, position))
-
 
 def choice_for(
     model: GPT, temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0
@@ -229,7 +223,7 @@ def decode(
 
     def advance(decoder: Decoder, chosen: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if walks:
-            decoder.walk(choice.move, temperature, generator)
+            decoder.walk(choice.kernels.move, temperature > 0, generator)
             return (decoder.token,)
         logits = decoder.step(chosen[0][:, None], decoder.position)[:, 0]
         decoder.position.add_(1)
@@ -240,6 +234,7 @@ def decode(
             chosen = choose(decoder.prefill(prompts, num_samples))
             decoder.token.copy_(chosen[0])
             decoder.position.copy_(torch.tensor([len(p) for p in prompts for _ in range(num_samples)]))
+            decoder.inverse_temperature.fill_(1 / (temperature or 1))
         for i in range(n):
             with torch.inference_mode():
                 arrived = _to_cpu(chosen)

@@ -122,8 +122,10 @@ def test_draw_equals_the_first_of_the_largest(decode):
     assert torch.equal(ids, ((logits / 0.7).softmax(1) / noise).argmax(1))
     assert (log_sum - (logits / 0.7).logsumexp(1)).abs().max() < 1e-5
     token, position = torch.zeros_like(ids), torch.arange(3, device=DEVICE)
-    decode.draw(logits, 0.7, noise, (token, position))
+    decode.move(logits, noise, torch.tensor([1 / 0.7], device=DEVICE), token, position)
     assert torch.equal(token, ids) and position.tolist() == [1, 2, 3]
+    decode.move(logits, None, torch.ones(1, device=DEVICE), token, position)
+    assert torch.equal(token, decode.draw(logits, 0.0)[0]) and position.tolist() == [2, 3, 4]
 
 
 @pytest.mark.parametrize("sure", [True, False], ids=["n-grams", "draft"])
@@ -172,7 +174,7 @@ from lit_gpt.kernels import decode
 
 SIZES = dict(
     PDL=True, K=2048, NORM=True, ADD=True, BLOCK_N=16, BLOCK_K=256, BLOCK=2048, QUERIES=8, PADDED=8, D=64, HALF=32,
-    SLOTS=16, BLOCK_T=2, BLOCK_S=64, PAIR=True, SLICES=8, BLOCKS=2, C=2048, V=32000, GUESSES=16
+    SLOTS=16, BLOCK_T=2, BLOCK_S=64, SLICES=8, BLOCKS=2, C=2048, V=32000, GUESSES=16
 )
 FLAGS = ("GATED", "INT8", "TALL", "ALONE", "SUM", "MOVE", "NOISE", "GREEDY", "SURE")
 INTEGERS = "M N T S G k ahead row_stride table_rows stride guesses_row p_batch p_row q_batch q_row".split()
@@ -188,6 +190,8 @@ for kernel in (getattr(decode, name) for name in names):
         types = {**TYPES, "weight": "*i8" if flag else "*bf16", "up": "*i8" if flag else "*bf16"}
         if kernel is decode._attend:
             types["scale"] = "fp32"
+        if kernel is decode._draw and flag:
+            types["inverse_temperature"] = "*fp32"
         signature = {n: "constexpr" if n in sizes else types.get(n, "*bf16") for n in kernel.arg_names}
         constants = {n: sizes[n] for n in kernel.arg_names if n in sizes}
         triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))

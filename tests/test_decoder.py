@@ -140,47 +140,48 @@ class Eager:
 
 
 def test_walking_goes_on_from_where_it_was(monkeypatch):
-    """A graph that is captured on the way leaves the state alone; each temperature has its own."""
+    """A graph that is captured on the way leaves the state alone; all temperatures but 0 share one."""
     monkeypatch.setattr(decoder, "Graph", Eager)
     model = tiny()
     prompt, got = [5, 7, 9], {}
-    draws = {0.0: lambda logits, _: logits.argmax(1), 1.0: lambda logits, noise: (logits.softmax(1) / noise).argmax(1)}
 
-    def moved(temperature: float):
-        def move(logits, noise, token, position) -> None:
-            token.copy_(draws[temperature](logits, noise))
-            position.add_(1)
-
-        return move
+    def move(logits, noise, inverse_temperature, token, position) -> None:
+        p = (logits * inverse_temperature).softmax(1)
+        token.copy_((p if noise is None else p / noise).argmax(1))
+        position.add_(1)
 
     for walked in (True, False):
         d, generator = Decoder(model, 1, 30), torch.Generator().manual_seed(3)
         got[walked] = []
         d.token.copy_(d.prefill([prompt]).argmax(1))
         d.position.fill_(len(prompt))
-        for temperature in (0.0, 0.0, 1.0, 1.0, 0.0):
+        for temperature in (0.0, 0.0, 0.7, 1.3, 2.0, 0.0):
             got[walked].append(d.token.item())
+            d.inverse_temperature.fill_(1 / (temperature or 1))
             if walked:
-                d.walk(moved(temperature), temperature, generator)
+                d.walk(move, temperature > 0, generator)
             else:
                 logits = d.step(d.token[:, None], d.position)[:, 0]
                 noise = torch.empty_like(logits).exponential_(generator=generator) if temperature else None
-                d.token.copy_(draws[temperature](logits, noise))
-                d.position.add_(1)
+                move(logits, noise, d.inverse_temperature, d.token, d.position)
+        assert len(d._walks) == 2 * walked
     assert got[True] == got[False] and len(set(got[True])) > 2
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_walking_equals_steps_and_seeds_are_kept(temperature):
+def test_walking_equals_steps_and_seeds_are_kept():
     model = tiny("cuda")
     prompts = [row.tolist() for row in tokens(model)[:2, :7]]
 
-    def sample(seed: int, **settings) -> list[list[int]]:
+    def sample(seed: int, temperature: float, **settings) -> list[list[int]]:
         generator = torch.Generator("cuda").manual_seed(seed)
         return generate(model, prompts, 20, temperature=temperature, generator=generator, **settings)
 
-    assert sample(1) == sample(1)
-    assert (sample(1) == sample(2)) == (temperature == 0)
-    if temperature == 0:  # min_p is not in the kernel, and changes nothing here
-        assert sample(1) == sample(1, min_p=0.5)
+    for temperature in (0.0, 1.0, 0.5, 0.0):
+        assert sample(1, temperature) == sample(1, temperature)
+        assert (sample(1, temperature) == sample(2, temperature)) == (temperature == 0)
+    assert sample(1, 1.0) != sample(1, 0.5)
+    # min_p is not in the kernel, and changes nothing here.
+    assert sample(1, 0.0) == sample(1, 0.0, min_p=0.5)
+    # Nearly greedy: the temperature is that of the call, not of the capture.
+    assert sample(1, 1e-4) == sample(1, 0.0)

@@ -78,7 +78,7 @@ def _launch_linear(x, weight, scale, up, up_scale, norm, eps, y, gated: bool, ad
         outputs = tile["BLOCK_N"]
     else:
         kernel, tile = _linear_few_rows, _tile_few_rows(N, K, gated, add, int8)
-        outputs = 8 if gated else 8 * (1 + tile["PAIR"])
+        outputs = 8
     kernel[(triton.cdiv(N, outputs),)](
         x,
         x if norm is None else norm,
@@ -121,7 +121,7 @@ def _tile_few_rows(N: int, K: int, gated: bool, add: bool, int8: bool) -> dict[s
         step //= 2
     blocks = step // (64 if int8 else 32)
     slices = min(blocks, warps if K > 4096 or (gated and not int8) else 2 * warps)
-    return dict(PAIR=gated, SLICES=slices, BLOCKS=blocks // slices, num_warps=min(warps, slices), num_stages=1)
+    return dict(SLICES=slices, BLOCKS=blocks // slices, num_warps=min(warps, slices), num_stages=1)
 
 
 def has_pdl(device: torch.device) -> bool:
@@ -192,9 +192,9 @@ def _linear_one_row(
 def _linear_few_rows(
     x, norm, weight, scale, up, up_scale, y, M, N, eps,
     K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, INT8: tl.constexpr,
-    PDL: tl.constexpr, TALL: tl.constexpr, PAIR: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr, TALL: tl.constexpr, SLICES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """8 outputs (16 for PAIR without GATED) of up to 16 rows, by the matrix units: x (16, K) times weights (K, 8).
+    """8 outputs of up to 16 rows, by the matrix units: x (16, K) times weights (K, 8).
 
     K is cut into SLICES, spread over the warps, whose products are added at the end. Each thread loads 16 bytes of a
     row, 4 threads beside each other, and these bytes are its operands as they are: the order of the inputs within a
@@ -204,20 +204,17 @@ def _linear_few_rows(
     L: tl.constexpr = 16 if INT8 else 8  # elements that a thread loads together
     STEP: tl.constexpr = SLICES * BLOCKS * 4 * L
     i = tl.arange(0, 8)
-    n = tl.program_id(0) * (16 if PAIR and not GATED else 8) + i
+    n = tl.program_id(0) * 8 + i
     # (8, SLICES, BLOCKS, 4 L): in this order of dimensions the compiler gives a warp 8 rows of 4 L elements.
     k = tl.arange(0, SLICES)[None, :, None, None] * (BLOCKS * 4 * L)
     k += tl.arange(0, BLOCKS)[None, None, :, None] * (4 * L) + tl.arange(0, 4 * L)[None, None, None, :]
     # Rows that are too many read the last one again, and are not stored.
     first = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None, None, None] * K + k
-    second = first
     if GATED:
         second = up + tl.minimum(n, N - 1).to(tl.int64)[:, None, None, None] * K + k
-    elif PAIR:
-        second = weight + tl.minimum(n + 8, N - 1).to(tl.int64)[:, None, None, None] * K + k
     # The first weights do not depend on the kernel before: they are read while that one ends.
     w = _load(first, k, 0, K, STEP)
-    if PAIR:
+    if GATED:
         u = _load(second, k, 0, K, STEP)
     if NORM:
         norms = tl.broadcast_to(norm + k, (8, SLICES, BLOCKS, 4 * L))
@@ -226,8 +223,6 @@ def _linear_few_rows(
         w_scale = tl.load(scale + n, n < N, other=0.0)[None, :]
         if GATED:
             u_scale = tl.load(up_scale + n, n < N, other=0.0)[None, :]
-        elif PAIR:
-            u_scale = tl.load(scale + n + 8, n + 8 < N, other=0.0)[None, :]
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -242,7 +237,7 @@ def _linear_few_rows(
         b = _load(upper + start, k, start, K, STEP) if TALL else tl.zeros_like(a)
         if start > 0:
             w = _load(first + start, k, start, K, STEP)
-            if PAIR:
+            if GATED:
                 u = _load(second + start, k, start, K, STEP)
         if NORM:
             if start > 0:
@@ -257,12 +252,12 @@ def _linear_few_rows(
                 b *= g.to(a.dtype)
         xs = _both(a, b, SLICES, BLOCKS, L)
         total = tl.dot(xs, _operand(w, SLICES, BLOCKS, L).to(a.dtype), total, input_precision="ieee")
-        if PAIR:
+        if GATED:
             second_total = tl.dot(xs, _operand(u, SLICES, BLOCKS, L).to(a.dtype), second_total, input_precision="ieee")
 
     m = tl.arange(0, 16)
     out = tl.sum(total, 0)  # (16, 8)
-    if PAIR:
+    if GATED:
         second_out = tl.sum(second_total, 0)
     if NORM:
         diagonal = tl.where(m[:, None] == i[None, :], tl.sum(squares, 0), 0.0)
@@ -270,11 +265,11 @@ def _linear_few_rows(
             diagonal += tl.where(m[:, None] == i[None, :] + 8, tl.sum(upper_squares, 0), 0.0)
         r = tl.rsqrt(tl.sum(diagonal, 1) / K + eps)[:, None]
         out *= r
-        if PAIR:
+        if GATED:
             second_out *= r
     if INT8:
         out *= w_scale
-        if PAIR:
+        if GATED:
             second_out *= u_scale
     if GATED:
         out = out * tl.sigmoid(out) * second_out
@@ -283,11 +278,6 @@ def _linear_few_rows(
     if ADD:
         out += tl.load(where, inside, other=0.0).to(tl.float32)
     tl.store(where, out.to(y.dtype.element_ty), inside)
-    if PAIR and not GATED:
-        inside = (m < M)[:, None] & (n + 8 < N)[None, :]
-        if ADD:
-            second_out += tl.load(where + 8, inside, other=0.0).to(tl.float32)
-        tl.store(where + 8, second_out.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -588,10 +578,7 @@ def _attend(
 
 
 def draw(
-    logits: torch.Tensor,
-    temperature: float,
-    noise: torch.Tensor | None = None,
-    move: tuple[torch.Tensor, torch.Tensor] | None = None,
+    logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """An id for each row, in one launch.
 
@@ -600,23 +587,44 @@ def draw(
         temperature: 0 takes the largest; more draws from softmax(logits / temperature).
         noise: (R, V) exponentially distributed, to draw with: of V clocks of rates p the first to ring is i with
             probability p_i. None: the largest is taken at any temperature.
-        move: two of (R,) int64: ids are written to the first, the second is raised by one, and nothing else is asked.
 
     Returns:
-        (R,) int64 ids; (R,) fp32 log of the sum of exp(logits / temperature), undefined for temperature 0 and `move`.
+        (R,) int64 ids; (R,) fp32 log of the sum of exp(logits / temperature), undefined for temperature 0.
     """
+    ids = torch.empty(logits.size(0), dtype=torch.int64, device=logits.device)
+    log_sum = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
+    if temperature == 0:
+        _launch_draw(logits, None, 1.0, ids)
+    else:
+        _launch_draw(logits, noise, 1 / temperature, ids, log_sum=log_sum)
+    return ids, log_sum
+
+
+def move(
+    logits: torch.Tensor,
+    noise: torch.Tensor | None,
+    inverse_temperature: torch.Tensor,
+    token: torch.Tensor,
+    position: torch.Tensor,
+) -> None:
+    """Draw into token (R,), as `draw` does, and raise position (R,).
+
+    Args:
+        inverse_temperature: (1,) fp32: a graph reads it anew each time.
+    """
+    _launch_draw(logits, noise, inverse_temperature, token, position=position)
+
+
+def _launch_draw(logits, noise, inverse_temperature, ids, position=None, log_sum=None) -> None:
     R, V = logits.shape
     assert logits.stride(1) == 1 and (noise is None or noise.is_contiguous())
-    ids = torch.empty(R, dtype=torch.int64, device=logits.device) if move is None else move[0]
-    log_sum = torch.empty(R, dtype=torch.float32, device=logits.device)
     pdl = has_pdl(logits.device)
     _draw[(R,)](
-        logits, logits if noise is None else noise, ids, ids if move is None else move[1], log_sum, logits.stride(0),
-        1 / (temperature or 1), V=V, SUM=temperature != 0 and move is None, MOVE=move is not None,
-        NOISE=temperature != 0 and noise is not None, PDL=pdl,
+        logits, logits if noise is None else noise, ids, ids if position is None else position,
+        logits if log_sum is None else log_sum, logits.stride(0), inverse_temperature, V=V, SUM=log_sum is not None,
+        MOVE=position is not None, NOISE=noise is not None, PDL=pdl,
         BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=32, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    return ids, log_sum
 
 
 def accept(
@@ -700,6 +708,7 @@ def _draw(
     """argmax of p / noise as that of log p - log noise; so p needs no normalising first."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
+    factor = tl.load(inverse_temperature) if MOVE else inverse_temperature
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -709,7 +718,7 @@ def _draw(
     for start in tl.static_range(0, V, BLOCK):  # unrolled, so that many loads are on their way at once
         inside = start + i < V
         score = tl.load(logits + row * stride + start + i, inside, other=-float("inf")).to(tl.float32)
-        score *= inverse_temperature
+        score *= factor
         if SUM:
             largest = tl.maximum(largest, score)
         if NOISE:
@@ -724,7 +733,7 @@ def _draw(
         total = tl.zeros((BLOCK,), tl.float32)
         for start in tl.static_range(0, V, BLOCK):
             score = tl.load(logits + row * stride + start + i, start + i < V, other=-float("inf")).to(tl.float32)
-            total += tl.exp(score * inverse_temperature - m)
+            total += tl.exp(score * factor - m)
         tl.store(log_sum + row, m + tl.log(tl.sum(total, 0)))
 
 
