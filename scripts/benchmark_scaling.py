@@ -9,12 +9,14 @@ gradients, clipping. Kernels are compiled once for all cases, and GPUs that a ca
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lit_gpt import cluster
+from lit_gpt.cli import one_line_errors
 from lit_gpt.config import Config
 from lit_gpt.kernels import select_kernels
 from lit_gpt.model import GPT
@@ -29,12 +32,14 @@ from lit_gpt.optim import clip_and_step, param_groups
 from lit_gpt.sharding import ShardedWeights
 from lit_gpt.speed_monitor import flops_per_token, peak_flops
 
+ALONE_S = 10  # ranks that do the same run out of memory within this time of each other
+
 
 def scaling(
     devices: list[int] | None = None,
     model: list[str] | None = None,
     sharding: list[str] | None = None,
-    precision: list[str] | None = None,
+    precision: list[Literal["bf16", "fp8"]] | None = None,
     micro_batch_tokens: int = 32_768,
     accumulation: int = 8,
     steps: int = 2,
@@ -54,9 +59,16 @@ def scaling(
         steps: that are timed, after two short ones; the fastest counts.
         kernels: backends, as pretrain/tinyllama.py's --kernels.
         json: write the rows to this file as well.
+
+    Raises: ValueError at the end, if a case failed. What fails on all of its devices (too little memory, say) does not
+    cost the other cases; what fails on some ends the run.
     """
     available = max(torch.cuda.device_count(), 1)
     devices = devices or [n for n in (1, 2, 4, 8, 16) if n <= available]
+    for name in model or []:
+        Config.from_name(name)
+    if unknown := [way for way in sharding or [] if not re.fullmatch(r"(optimizer|fsdp)(/\d+)?|ddp", way)]:
+        raise ValueError(f"--sharding {unknown[0]} is none of optimizer, fsdp, ddp, and optimizer/2 or the like")
     request = dict(
         devices=devices,
         cases=list(product(sharding or ["optimizer", "fsdp"], model or ["tiny_LLaMA_1b"], precision or ["bf16"])),
@@ -80,8 +92,16 @@ def scaling(
         print(row, flush=True)
         if json is not None:
             json.write_text(dumps(rows))
-    if worker.wait():
-        raise ValueError(f"the run on {max(devices)} devices failed")
+    problems = [row["problem"] for row in rows if "problem" in row]
+    if worker.wait() or problems:
+        n_cases = sum(len(cases_on(n, request["cases"])) for n in devices)
+        first = f"; the first problem: {problems[0]}" if problems else ""
+        raise ValueError(f"{len(rows) - len(problems)} of {n_cases} cases were measured{first}")
+
+
+def cases_on(n: int, cases: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """One device shares nothing, so there all ways are one."""
+    return cases if n > 1 else list(dict.fromkeys(("one device", *case[1:]) for case in cases))
 
 
 # --- one rank --------------------------------------------------------------------------------------------------------
@@ -101,20 +121,23 @@ def measure(devices: list[int], cases: list[tuple[str, str, str]], **how) -> Non
     for n in devices:
         # Groups of n ranks, each with a process group of its own, measure different cases at the same time.
         groups, (group, place) = world_size // n, divmod(rank, n)
-        todo = cases if n > 1 else list(dict.fromkeys(("one device", *case[1:]) for case in cases))
-        mine = todo[group::groups] if group < groups else []
+        mine = cases_on(n, cases)[group::groups] if group < groups else []
         if mine and n > 1:
             # Without device_id: torch 2.11 crashes where a mesh splits a process's second default group that has one.
             of_group = dist.PrefixStore(f"{n}/{group}", store)
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=of_group, rank=place, world_size=n)
-        for way, name, precision in mine:
+        for i, (way, name, precision) in enumerate(mine):
             t0 = time.perf_counter()
             row = {"model": name, "precision": precision, "GPUs": n, "sharding": way}
             try:
                 row |= time_case(Config.from_name(name), precision, way, device, n, **how)
-            except RuntimeError as e:  # out of memory, say; the other cases go on
+            except RuntimeError as e:  # out of memory, say
                 row |= {"tokens/s/GPU": 0, "problem": cluster.first_line(e)}
+                if not all_fail(dist.PrefixStore(f"{n}/{group}/{i}", store), place, n):
+                    row["problem"] += f" (rank {rank} alone)"
+                    print(dumps(row), flush=True)
+                    os._exit(1)  # torchrun ends the others; they wait in a collective, as an orderly exit here might
             row["took s"] = round(time.perf_counter() - t0, 1)
             gc.collect()
             if device.type == "cuda":
@@ -123,7 +146,18 @@ def measure(devices: list[int], cases: list[tuple[str, str, str]], **how) -> Non
                 print(dumps(row), flush=True)
         cluster.leave()
         store.set(f"{n}/done/{rank}", "")
-        store.wait([f"{n}/done/{r}" for r in range(world_size)], timedelta(seconds=cluster.COLLECTIVE_S))
+        # Others may have more cases to measure; torchrun ends who waits for a rank that died.
+        store.wait([f"{n}/done/{r}" for r in range(world_size)], timedelta(days=1))
+
+
+def all_fail(store: dist.Store, place: int, n: int) -> bool:
+    """Whether the other ranks of a case fail as well, and do not wait for this one in a collective."""
+    store.set(f"failed/{place}", "")
+    try:
+        store.wait([f"failed/{r}" for r in range(n)], timedelta(seconds=ALONE_S))
+    except dist.DistStoreError:
+        return False
+    return True
 
 
 def time_case(
@@ -222,4 +256,5 @@ def shard_all(model: GPT, mesh: DeviceMesh, dtype: torch.dtype) -> GPT:
 loads, dumps = json.loads, json.dumps  # `scaling` has an argument of that name
 
 if __name__ == "__main__":
-    measure(**loads(sys.argv[1]))
+    with one_line_errors():
+        measure(**loads(sys.argv[1]))
