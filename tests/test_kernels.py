@@ -6,6 +6,7 @@ Without a GPU, Triton's interpreter runs the same kernels on the CPU.
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -460,22 +461,52 @@ def test_a_package_that_was_named_and_is_missing_is_an_import_error(monkeypatch,
         select_kernels(f"{name}+torch", device=torch.device("cuda"), dtype=torch.bfloat16)
 
 
-def test_a_package_that_does_not_import_says_so(monkeypatch, tmp_path):
-    """As xformers 0.0.35 beside flash-attn-4: it finds a flash_attn, of the other kind."""
-    (tmp_path / "xformers").mkdir()
-    (tmp_path / "xformers/__init__.py").write_text("")
-    (tmp_path / "xformers/ops.py").write_text("from flash_attn.flash_attn_interface import nothing")
+@pytest.fixture
+def fake_xformers(monkeypatch, tmp_path):
+    """Writes the sources of a package called xformers, which lasts as long as the test."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    for name in imported("xformers"):
+    for name in imported("xformers", "flash_attn"):
         monkeypatch.delitem(sys.modules, name)  # it comes back afterwards
-    try:
-        with pytest.raises(ValueError, match="'xformers': is installed, but does not import here .*flash_attn"):
-            select_kernels("xformers+torch", device=torch.device("cuda"), dtype=torch.bfloat16)
-    finally:
-        for name in imported("xformers"):
-            del sys.modules[name]
+
+    def write(**sources):
+        for path, source in ({"__init__": "", "ops/__init__": "", "ops/fmha/__init__": ""} | sources).items():
+            file = tmp_path / f"xformers/{path}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(source)
+
+    yield write
+    for name in imported("xformers", "flash_attn"):
+        del sys.modules[name]
 
 
-def imported(package: str) -> list[str]:
-    return [name for name in sys.modules if name.partition(".")[0] == package]
+def test_a_package_that_does_not_import_says_so(fake_xformers):
+    fake_xformers(**{"ops/__init__": "raise ImportError('built for another torch')"})
+    with pytest.raises(ValueError, match="'xformers': is installed, but does not import here .*built for another"):
+        select_kernels("xformers+torch", device=torch.device("cuda"), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("also_2", [False, True])
+def test_xformers_does_not_take_flash_attn_4_for_flash_attn(fake_xformers, tmp_path, also_2):
+    (tmp_path / "flash_attn/cute").mkdir(parents=True)
+    (tmp_path / "flash_attn/cute/__init__.py").write_text("")
+    if also_2:
+        (tmp_path / "flash_attn/flash_attn_interface.py").write_text("")
+    ops = """
+        import importlib.util
+        from pathlib import Path
+        if importlib.util.find_spec("flash_attn"):
+            import flash_attn.flash_attn_interface
+            Path(__file__).with_name("took").touch()
+        LowerTriangularMask = memory_efficient_attention = None
+    """
+    fake_xformers(**{"ops/__init__": textwrap.dedent(ops), "ops/fmha/attn_bias": "BlockDiagonalCausalMask = None"})
+    import flash_attn.cute
+
+    load("xformers")
+    assert sys.modules["flash_attn"] is flash_attn
+    assert (tmp_path / "xformers/ops/took").exists() is also_2
+
+
+def imported(*packages: str) -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] in packages]

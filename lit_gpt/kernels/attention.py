@@ -6,6 +6,7 @@ B batch, T query positions, S key positions, H query heads, G key/value heads (H
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -129,20 +130,34 @@ def load(name: str) -> Callable:
             lambda q, k, v, cu, longest: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True),
         )
     if name == "xformers":
-        from xformers.ops import LowerTriangularMask, memory_efficient_attention
+        memory_efficient, Causal, CausalDocuments = _xformers()
 
-        @functools.wraps(attention)
-        def xformers(q, k, v, mask=None, cu_seqlens=None):
-            if mask is not None or cu_seqlens is not None:
-                return attention(q, k, v, mask, cu_seqlens)
-            B, T, H, D = q.shape
-            G = k.size(2)
-            q = q.view(B, T, G, H // G, D)
-            k, v = (x[:, :, :, None].expand(B, T, G, H // G, D) for x in (k, v))
-            return memory_efficient_attention(q, k, v, LowerTriangularMask()).reshape(B, T, H, D)
+        def repeated(q, k, v, mask):  # no backward of its takes grouped heads
+            k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
+            return memory_efficient(q, k, v, mask)
 
-        return xformers
+        def varlen(q, k, v, cu, longest):
+            lengths = cu.unique().diff().tolist()  # waits for the device: it wants to know them on the host, too
+            return repeated(q[None], k[None], v[None], CausalDocuments.from_seqlens(lengths))[0]
+
+        return flash_package(lambda q, k, v: repeated(q, k, v, Causal()), varlen)
     return attention
+
+
+def _xformers() -> tuple[Callable, type, type]:
+    """memory_efficient_attention and its masks. xformers 0.0.35 takes every package called flash_attn for flash-attn,
+    and breaks on flash-attn-4, which is another one under that name: it is out of sight for the import."""
+    found = importlib.util.find_spec("flash_attn") and importlib.import_module("flash_attn")
+    alone = found and importlib.util.find_spec("flash_attn.flash_attn_interface") is None
+    if alone:
+        sys.modules["flash_attn"] = None
+    try:
+        from xformers.ops import LowerTriangularMask, memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+    finally:
+        if alone:
+            sys.modules["flash_attn"] = found
+    return memory_efficient_attention, LowerTriangularMask, BlockDiagonalCausalMask
 
 
 def _first(result: torch.Tensor | tuple) -> torch.Tensor:
@@ -166,7 +181,7 @@ def usable(name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int
             q, k, v = (torch.randn(1, 256, n, D, device=device, dtype=dtype, requires_grad=True) for n in (H, G, G))
             backend(q, k, v).sum().backward()
     except ImportError as e:
-        if name == "xformers" and importlib.util.find_spec("xformers"):  # 0.0.35 beside flash-attn-4, for one
+        if name == "xformers" and importlib.util.find_spec("xformers"):  # another torch's, for one
             return f"is installed, but does not import here ({e}); `auto` needs no package but torch"
         return f"not installed: {INSTALL[name]} ({e})"
     except Exception as e:  # whatever a foreign package raises, it does not work here
