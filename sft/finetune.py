@@ -9,6 +9,13 @@ loss.png, checkpoints step-00000050/ (the newest and the best), and what came of
 chat template, or adapters/, which peft loads.
 """
 
+import sys
+
+from lit_gpt import precompile
+
+if __name__ == "__main__":
+    precompile.begin(sys.argv)  # the kernels, while the libraries below are imported
+
 import json
 import math
 import os

@@ -17,6 +17,7 @@ from lit_gpt import precompile
 from lit_gpt.kernels import _usable
 from lit_gpt.kernels.attention import usable
 
+ROOT = Path(__file__).parent.parent
 PROGRAM = [sys.executable, "-m", "lit_gpt.precompile"]
 
 
@@ -78,6 +79,19 @@ def test_begins_only_where_there_is_a_gpu_and_a_run(tmp_path, monkeypatch):
         if called.exists() and called.read_text():
             break
     assert called.read_text() == "-m lit_gpt.precompile --model tiny_LLaMA_120M\n"
+
+
+@pytest.mark.parametrize("script", ["pretrain/tinyllama.py", "sft/finetune.py", "scripts/benchmark.py"])
+def test_scripts_that_train_begin_before_they_import_anything_slow(script):
+    code = (
+        "import runpy, sys\n"
+        "from lit_gpt import precompile\n"
+        "precompile.begin = lambda argv: sys.exit(f'{argv[1]} {\"torch\" in sys.modules}')\n"
+        "sys.argv = [sys.argv[1], 'step']\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "step False\n"
 
 
 @pytest.mark.parametrize(
