@@ -27,6 +27,7 @@ import atexit
 import hashlib
 import itertools
 import signal
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -425,8 +426,10 @@ class PackedLoader:
             generator=torch.Generator(),
             worker_init_fn=_outlive_signals,
             timeout=HANGS_S if self.num_workers else 0,
+            # Linux's own choice until Python 3.14. A worker that is not our child dies without our being told.
+            multiprocessing_context="fork" if self.num_workers and sys.platform == "linux" else None,
         )
-        # Workers are forked here with these signals blocked, until they ignore them: none is lost to one in between.
+        # Workers start here with these signals blocked, until they ignore them: none is lost to one in between.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             batches = iter(batches)

@@ -243,7 +243,7 @@ class TestRanks:
 
 def loses_its_reader_while_it_computes(flags: dict) -> None:  # noqa: F811
     """Rank 1, in its third micro-batch."""
-    multiprocessing.set_start_method("fork", force=True)  # Linux's until Python 3.14; these ranks have forkserver
+    assert multiprocessing.get_start_method() == "forkserver"  # in these ranks, and Linux's default from Python 3.14
     forward, calls = tinyllama.forward, []
 
     def interrupted(*args):
@@ -251,6 +251,7 @@ def loses_its_reader_while_it_computes(flags: dict) -> None:  # noqa: F811
         if os.environ["RANK"] == "1" and len(calls) == 3:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
             time.sleep(10)  # until torch's signal handler raises
+            raise AssertionError("no signal came: the worker is not this process's child")
         return forward(*args)
 
     tinyllama.forward = interrupted
