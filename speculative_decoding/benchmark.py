@@ -122,7 +122,8 @@ def main(
                 row["accepted"] = f"{100 * stats.acceptance_rate:.0f}%"
                 row["tokens per pass"] = round(stats.tokens_per_pass, 2)
                 pass_ms = {k: round(1e3 * s, 2) for k, s in sorted(speculators[name].pass_s.items())}
-                print(f"temperature {temperature}, {name}: milliseconds of a pass by its guesses {pass_ms}")
+                print(f"temperature {temperature}, {name}, by its own account: {stats}")
+                print(f"    milliseconds of a pass by its guesses: {pass_ms}")
             if temperature == 0 and name != base:
                 same = sum(a == b for a, b in zip(texts[base], texts[name], strict=True))
                 row["same text"] = f"{same} of {len(texts[name])}"
