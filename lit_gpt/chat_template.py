@@ -22,7 +22,6 @@ from lit_gpt.weights import read_json, write_json
 
 Message = dict[str, str]
 """{"role": "system", "user" or "assistant", "content": ...}, as in OpenAI's API."""
-ROLES = ("system", "user", "assistant")
 
 # eos_token is the end of turn of the tokenizer_config.json that the template is written into.
 TEMPLATES = {

@@ -192,7 +192,6 @@ class Watch:
             self.store = own_keys(connect(address, port, SILENCE_S))
         self.next = (rank + 1) % world_size
         self._doing, self._step, self._since = "starting", 0, time.monotonic()
-        self._verdict: str | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
