@@ -12,6 +12,7 @@ import json
 import math
 import operator
 import os
+import re
 import zlib
 from bisect import bisect_right
 from collections import Counter
@@ -117,6 +118,7 @@ def _as_text(value: Any) -> str:
 
 def find_files(source_path: str | Path, patterns: list[str]) -> list[Path]:
     """All files below `source_path` that match one of the glob `patterns`, sorted by path; a file stands for itself.
+    Folders may be symbolic links.
 
     Raises: FileNotFoundError when the folder is missing, or holds no such file.
     """
@@ -125,11 +127,22 @@ def find_files(source_path: str | Path, patterns: list[str]) -> list[Path]:
         return [source_path]
     if not source_path.exists():
         raise FileNotFoundError(f"--source_path {source_path}: no such folder")
-    found = {path for pattern in patterns for path in source_path.glob(pattern) if path.is_file()}
+    wanted = re.compile("|".join(re.escape(p).replace(r"\*\*/", "(.+/)?").replace(r"\*", "[^/]*") for p in patterns))
+    found = (path for path in _files_below(source_path) if wanted.fullmatch(path.relative_to(source_path).as_posix()))
     files = sorted(path for path in found if path.name not in NOT_TEXT)
     if not files:
         raise FileNotFoundError(f"--source_path {source_path}: no file in it matches {' or '.join(patterns)}")
     return files
+
+
+def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Path.glob's ** passes over linked folders without a word. `above`: on the way here; links can go in circles."""
+    real = folder.resolve()
+    for path in folder.iterdir() if real not in above else ():
+        if path.is_dir():
+            yield from _files_below(path, (*above, real))
+        else:
+            yield path
 
 
 def open_source(path: str | Path) -> "JsonLines | Parquet | Arrow | PlainText":

@@ -202,6 +202,11 @@ def test_files_are_found_sorted_and_their_absence_is_named(tmp_path):
         "c.txt",
     ]
     assert find_files(tmp_path / "c.txt", ANY_TEXT) == [tmp_path / "c.txt"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path / "elsewhere")
+    assert find_files(tmp_path / "elsewhere", ["**/*.jsonl"]) == [tmp_path / "elsewhere" / "link" / "2.jsonl"]
+    assert find_files(tmp_path, ["b/*.jsonl", "e*/*/*.jsonl"])[1:] == [tmp_path / "elsewhere" / "link" / "2.jsonl"]
     with pytest.raises(FileNotFoundError, match="gone: no such folder"):
         find_files(tmp_path / "gone", ANY_TEXT)
     with pytest.raises(FileNotFoundError, match=r"no file in it matches \*.zst"):
