@@ -138,23 +138,10 @@ def p_value(draft: str, guesses: int | None, n: int = 4, samples: int = 20_000, 
     return chi_square(counts[p > 0], p[p > 0])
 
 
-LONG = pytest.mark.long
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:speculation does not pay")
-@pytest.mark.parametrize(
-    "draft, settings",
-    [
-        ("model", {}),
-        pytest.param("n-grams", {}, marks=LONG),
-        *(
-            pytest.param(draft, settings, marks=LONG)
-            for draft in ("model", "n-grams")
-            for settings in (dict(temperature=1.7), dict(temperature=2.0, top_k=4, top_p=0.9, min_p=0.02))
-        ),
-    ],
-)
+@pytest.mark.parametrize("draft", ["model", "n-grams"])
+@pytest.mark.parametrize("settings", [{}, dict(temperature=1.7), dict(temperature=2.0, top_k=4, top_p=0.9, min_p=0.02)])
 def test_samples_are_distributed_as_the_targets(draft, settings):
     assert p_value(draft, 2, **settings) > 1e-4
 
@@ -171,15 +158,14 @@ BROKEN = {
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:speculation does not pay")
-@pytest.mark.parametrize(
-    "rule", ["accepts too much", *(pytest.param(r, marks=LONG) for r in ("accepts all", "draws the rest from p"))]
-)
+@pytest.mark.parametrize("rule", BROKEN)
 def test_the_test_sees_a_broken_rule(monkeypatch, rule):
     monkeypatch.setattr(speculative, "accept", BROKEN[rule])
     assert p_value("model", 2) < 1e-6
 
 
-@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:speculation does not pay")
 @pytest.mark.shared
 def test_greedy_of_200_prompts_equals_the_real_models(shared_data):
     """A real model, and as its draft the same without its last layers."""
