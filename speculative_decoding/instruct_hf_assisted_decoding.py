@@ -43,7 +43,8 @@ def main(
         raise ValueError(f"{target_dir} and {draft_dir} have different tokenizers: one cannot guess for the other")
     if eight_bit:
         quantized = dict(quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map={"": device})
-        target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=dtype, **quantized)
+        # What bitsandbytes computes in; of anything else it complains at every layer of every token.
+        target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float16, **quantized)
     else:
         target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=dtype).to(device)
     draft = AutoModelForCausalLM.from_pretrained(draft_dir, dtype=dtype).to(device)
@@ -51,9 +52,9 @@ def main(
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     seconds = {}
     for name, assistant in (("alone", {}), ("assisted", dict(assistant_model=draft))):
-        for n in (8, max_new_tokens):  # the first warms up
+        for _ in range(2):  # the first imports and compiles what it meets on the way
             t0 = time.perf_counter()
-            out = target.generate(**inputs, **assistant, do_sample=False, max_new_tokens=n)
+            out = target.generate(**inputs, **assistant, do_sample=False, max_new_tokens=max_new_tokens)
             if cuda:
                 torch.cuda.synchronize()
             seconds[name] = time.perf_counter() - t0
