@@ -3,6 +3,7 @@
 import itertools
 import json
 import runpy
+import shutil
 import time
 import warnings
 from collections import Counter
@@ -12,12 +13,13 @@ import torch
 
 from lit_gpt import Config, speculative
 from lit_gpt.generate import ContextFull, generate, probabilities
+from lit_gpt.hf_folder import write_hf_folder
 from lit_gpt.kernels import select_kernels
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
 from lit_gpt.speculative import Speculator, accept, refuse_different_tokenizers
 from lit_gpt.tokenizer import Tokenizer
-from tests.tiny import ROOT, TINY, random_weights, run_script, write_lit_folder
+from tests.tiny import ROOT, TINY, random_weights, run_script, train_sentencepiece, write_lit_folder
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8, 8, 8]]
 
@@ -373,3 +375,26 @@ def test_flags_that_teach_nothing_are_refused_all_at_once(tmp_path):
         assert flag in str(caught.value)
     with pytest.raises(ValueError, match=r"--temperatures \[\]: give one or more"):
         main(tmp_path, tmp_path, tmp_path, {"texts": 1.0}, tmp_path / "b", temperatures=[])
+
+
+@pytest.mark.slow
+def test_assisted_generation_of_transformers(tmp_path, capsys):
+    """The script as it is; its text is the target's own."""
+    transformers = pytest.importorskip("transformers")
+    for name, overrides in (("target", {}), ("draft", dict(n_layer=1)), ("other", {})):
+        write_lit_folder(tmp_path / name, tokenizer=name != "draft", **overrides)
+    shutil.copy(tmp_path / "target" / "tokenizer.model", tmp_path / "draft")
+    train_sentencepiece(tmp_path / "other" / "tokenizer.model", vocab_size=500)
+    for name in ("target", "draft", "other"):
+        write_hf_folder(tmp_path / name, tmp_path / "hf" / name)
+    main = runpy.run_path(str(ROOT / "speculative_decoding" / "instruct_hf_assisted_decoding.py"))["main"]
+    hf = [str(tmp_path / "hf" / name) for name in ("target", "draft", "other")]
+    main(*hf[:2], prompt="def ", max_new_tokens=12, eight_bit=False)
+    out = capsys.readouterr().out
+    assert "alone: 12 tokens in" in out and "assisted: 12 tokens in" in out
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf[0])
+    ids = tokenizer("def ")["input_ids"]
+    written = generate(load_model(open_pretrained(tmp_path / "target")), [ids], 12)[0]
+    assert out.endswith(f"\n\n{tokenizer.decode(ids + written, skip_special_tokens=True)}\n")
+    with pytest.raises(ValueError, match="different tokenizers"):
+        main(hf[0], hf[2])
