@@ -190,6 +190,20 @@ class TrainArgs:
     plan_usd_per_hour: float = 2.0
     """Price of a GPU, for the plan."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError naming every flag that makes no sense anywhere."""
+        positive = ("global_batch_tokens", "micro_batch_size", "max_tokens", "max_steps", "max_epochs", "stop_at_step")
+        positive += ("grad_clip", "num_nodes", "shard_devices", "profile_step", "eval_sequences", "eval_limit")
+        positive += ("log_interval", "eval_interval", "save_interval")
+        not_negative = ("warmup_steps", "decay_steps", "weight_decay", "num_workers", "keep_checkpoints")
+        not_negative += ("permanent_interval",)
+        problems = [f"--{f} {v} is not positive" for f in positive if (v := getattr(self, f)) is not None and v <= 0]
+        problems += [f"--{f} {v} is negative" for f in not_negative if (v := getattr(self, f)) < 0]
+        if self.devices != "auto" and not (str(self.devices).isdecimal() and int(self.devices)):
+            problems.append(f"--devices {self.devices} is neither auto nor a number of devices")
+        if problems:
+            raise ValueError("; ".join(problems))
+
     def accumulation(self, block_size: int, world_size: int) -> int:
         """Micro-batches of each device in one optimizer step."""
         return self.global_batch_tokens // (block_size * self.micro_batch_size * world_size)
@@ -198,7 +212,7 @@ class TrainArgs:
         """The horizon in optimizer steps, whatever unit it was given in."""
         if self.max_steps is not None:
             return self.max_steps
-        tokens = self.max_tokens or 3_000_000_000_000
+        tokens = 3_000_000_000_000 if self.max_tokens is None else self.max_tokens
         if self.max_epochs is not None:
             if dataset_tokens is None:
                 raise ValueError("--max_epochs cannot be planned without the data: give --max_tokens or --max_steps")
@@ -209,7 +223,7 @@ class TrainArgs:
         """Raises ValueError with everything that is wrong, each named by its flag."""
         problems = []
         if sum(h is not None for h in (self.max_tokens, self.max_steps, self.max_epochs)) > 1:
-            problems.append("give one of --max_tokens, --max_steps and --max_epochs")
+            problems.append("give one of --max_tokens, --max_steps and --max_epochs; null takes a YAML file's back")
         micro_step = block_size * self.micro_batch_size * world_size
         if self.global_batch_tokens < micro_step or self.global_batch_tokens % micro_step:
             problems.append(
@@ -222,9 +236,6 @@ class TrainArgs:
             problems.append(f"--warmup_steps and --decay_steps do not fit the run's {max_steps:,} steps")
         if not 0 <= self.min_lr <= self.learning_rate:
             problems.append(f"--min_lr {self.min_lr} is not between 0 and --learning_rate {self.learning_rate}")
-        for flag in ("log_interval", "eval_interval", "save_interval", "micro_batch_size"):
-            if getattr(self, flag) < 1:
-                problems.append(f"--{flag} {getattr(self, flag)} is not positive")
         if self.release_schedule is not None:
             read_schedule(self.release_schedule)
         if problems:

@@ -280,6 +280,8 @@ class TestInOneProcess:
             (dict(model_overrides={**MODEL, "vocab_size": 100}), r"outside the model's vocabulary \[0, 100\)"),
             (dict(train_mix={"train_slime": 1.0}), "no shards train_slime"),
             (dict(micro_batch_size=3, min_lr=1.0), "multiple of 96.*--min_lr"),
+            (dict(stop_at_step=0, warmup_steps=-1), "--stop_at_step 0 is not positive; --warmup_steps -1 is negative"),
+            (dict(devices="two"), "--devices two is neither auto nor a number"),
         ],
     )
     def test_mistakes_are_named_and_leave_nothing(self, flags, wrong, message):
