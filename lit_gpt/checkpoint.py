@@ -258,7 +258,7 @@ def damaged(step_dir: Path, meta: dict) -> str | None:
     """The first file whose checksum is not the one in `meta`, of this rank's share of them."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for name, file in sorted(meta["files"].items())[rank::world_size]:
-        if isinstance(file, dict) and file_checksum(step_dir / name) != file["xxh3_64"]:
+        if file_checksum(step_dir / name) != file["xxh3_64"]:
             return f"{step_dir / name} was damaged: its checksum is not the one in {META}{_other(step_dir)}"
     return None
 
@@ -303,10 +303,9 @@ def check(step_dir: Path) -> dict:
     try:
         meta = json.loads((step_dir / META).read_text())
         for name, file in meta["files"].items():
-            size = file["bytes"] if isinstance(file, dict) else file  # the first checkpoints had no checksums
             actual = (step_dir / name).stat().st_size
-            if actual != size:
-                raise ValueError(f"{name} has {actual:,} bytes instead of {size:,}")
+            if actual != file["bytes"]:
+                raise ValueError(f"{name} has {actual:,} bytes instead of {file['bytes']:,}")
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{step_dir} is not a complete checkpoint: {e}{_other(step_dir)}") from e
     return meta
