@@ -135,6 +135,16 @@ class FinetuneArgs:
     logger: Literal["csv", "wandb", "tensorboard"] = "csv"
     """metrics.csv is written in any case."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError naming every flag that makes no sense anywhere."""
+        positive = ("epochs", "global_batch_tokens", "micro_batch_size", "learning_rate", "grad_clip", "lora_rank")
+        positive += ("lora_alpha", "eval_interval", "stop_at_step")
+        problems = [f"--{f} {v} is not positive" for f in positive if (v := getattr(self, f)) is not None and v <= 0]
+        if self.devices != "auto" and not (str(self.devices).isdecimal() and int(self.devices)):
+            problems.append(f"--devices {self.devices} is neither auto nor a number of devices")
+        if problems:
+            raise ValueError("; ".join(problems))
+
     def peak_lr(self) -> float:
         return self.learning_rate or (2e-5 if self.method == "full" else 2e-4)
 
@@ -157,9 +167,6 @@ class FinetuneArgs:
             problems.append(f"--min_lr {self.min_lr} is not between 0 and --learning_rate {self.peak_lr()}")
         if not 0 <= self.val_fraction < 1 or not 0 <= self.warmup <= 1:
             problems.append("--val_fraction and --warmup are shares between 0 and 1")
-        for flag in ("epochs", "lora_rank", "lora_alpha", "eval_interval"):
-            if getattr(self, flag) is not None and not getattr(self, flag) > 0:
-                problems.append(f"--{flag} {getattr(self, flag)} is not positive")
         if self.merge and self.method == "full":
             problems.append("--merge is for --method lora and qlora; full training always writes hf/")
         if problems:

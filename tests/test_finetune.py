@@ -163,6 +163,7 @@ def test_learning_rates():
         (dict(template="vicuna"), "unknown chat template 'vicuna'"),
         (dict(base="no/where/at/all"), "no/where/at/all does not exist"),
         (dict(resume=True), "holds no complete checkpoint"),
+        (dict(micro_batch_size=0, devices="one"), "--micro_batch_size 0 is not positive; --devices one is neither"),
         (dict(data=Path("nothing.jsonl")), "nothing.jsonl"),
     ],
 )
