@@ -332,7 +332,7 @@ class PrepareArgs:
     """Fraction of the files to take, from the first on."""
     filenames_subset: list[str] | str | None = None
     """Take only files with this, or one of [these, in, brackets], in their path."""
-    chunk_size: int = 2049 * 1024
+    chunk_size: int = CHUNK_SIZE
     """Tokens in a shard; the last shard has as many as are left."""
     delimiters: Literal["bos+eos", "eos", "bos", "none"] = "bos+eos"
     """What surrounds each document. TinyLlama was trained with eos alone."""
@@ -356,7 +356,8 @@ class PrepareArgs:
         self.source_path, self.destination_path = Path(self.source_path), Path(self.destination_path)
         if isinstance(self.filenames_subset, str):
             self.filenames_subset = [self.filenames_subset]
-        self.processes = self.processes if self.processes is not None else len(os.sched_getaffinity(0))
+        if self.processes is None:  # macOS has no sched_getaffinity
+            self.processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         rules = [
             (0 < self.percentage <= 1, f"--percentage {self.percentage} is not above 0 and at most 1"),
             (0 < self.chunk_size <= 1 << 30, f"--chunk_size {self.chunk_size} is not between 1 and 2^30"),

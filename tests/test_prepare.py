@@ -509,6 +509,11 @@ def script(name: str, *flags: object) -> subprocess.CompletedProcess:
     )
 
 
+def test_macos_counts_its_processors_too(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert PrepareArgs(tmp_path, tmp_path, tmp_path).processes == os.cpu_count()
+
+
 def test_the_scripts_end_in_one_line_and_exit_code_1(corpus, tokenizer_path, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.parquet").write_bytes(b"PAR1" * 10)
