@@ -453,13 +453,14 @@ def _write(
     from tqdm import tqdm
 
     sizes = [source["bytes"] for source in output.manifest.sources]
+    before = [0, *accumulate(sizes)]
     started, peak_memory, text_bytes, tokens = time.perf_counter(), 0, 0, 0
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=output.manifest.prefix, smoothing=0.1) as bar:
+    with tqdm(total=before[-1], unit="B", unit_scale=True, desc=output.manifest.prefix, smoothing=0.1) as bar:
         for source, index, unit in units:
             if unit.bad and args.on_error == "stop":
                 output.stop_at(paths[source], source, unit)
             output.add(source, index, unit)
-            bar.update(int(sum(sizes[:source]) + unit.progress * sizes[source]) - bar.n)
+            bar.update(int(before[source] + unit.progress * sizes[source]) - bar.n)
             peak_memory = max(peak_memory, unit.peak_memory)
             text_bytes, tokens = text_bytes + unit.text_bytes, tokens + len(unit.tokens)
             elapsed = time.perf_counter() - started
