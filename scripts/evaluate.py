@@ -196,7 +196,9 @@ def launch(device: str, devices: int) -> str:
     from lightning_fabric import Fabric
 
     accelerator = "cuda" if device == "cuda" else "cpu"
-    fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp")
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", devices))  # torchrun knows better
+    num_nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy="ddp")
     fabric.launch()
     if not fabric.is_global_zero:
         warnings.simplefilter("ignore")

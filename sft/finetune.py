@@ -525,10 +525,17 @@ def launch(args: FinetuneArgs) -> Fabric:
         return fully_shard(model, mesh=mesh, mp_policy=policy)
 
     devices = int(args.devices) if args.devices != "auto" else torch.cuda.device_count() if on_gpu else 1
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", devices))  # torchrun and fabric know better
+    world_size = int(os.environ.get("WORLD_SIZE", devices))
     strategy = "auto"
-    if int(os.environ.get("WORLD_SIZE", devices)) > 1:
+    if world_size > 1:
         strategy = ModelParallelStrategy(shard) if args.method == "full" else DDPStrategy()
-    fabric = Fabric(accelerator=args.accelerator, devices=args.devices, strategy=strategy)
+    fabric = Fabric(
+        accelerator=args.accelerator,
+        devices="auto" if "LT_CLI_USED" in os.environ else devices,
+        num_nodes=world_size // devices,
+        strategy=strategy,
+    )
     if "LT_CLI_USED" not in os.environ:  # `fabric run` has started the processes already
         fabric.launch()
     if not fabric.is_global_zero:

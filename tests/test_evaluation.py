@@ -189,6 +189,19 @@ def test_results_say_what_was_evaluated_and_with_what(folders, tasks_dir, tmp_pa
     assert not list((tmp_path / "r").glob("*.answers*")) and "5 questions" not in capsys.readouterr().err
 
 
+@pytest.mark.long
+def test_torchrun_scores_as_one_process_does(folders, tasks_dir, tmp_path):
+    flags = ["--checkpoint_dir", folders[0], "--tasks_dir", tasks_dir, "--tasks", "choice", "--device", "cpu", "--out"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    results = []
+    for out, words in (("one.json", []), ("two.json", torchrun)):
+        script = Path(__file__).parent.parent / "scripts" / "evaluate.py"
+        subprocess.run([sys.executable, *words, script, *flags, tmp_path / out], check=True)
+        results.append(json.loads((tmp_path / out).read_text()))
+    assert [r["config"]["devices"] for r in results] == [1, 2]
+    assert results[0]["results"] == results[1]["results"]
+
+
 def test_perplexity_by_length_gets_a_table_and_a_picture(folders, tmp_path, capsys):
     (tmp_path / "book.txt").write_text("what the model of a file is in its data, it reads. " * 30)
     flags = ("--checkpoint_dir", folders[0], "--out", tmp_path / "p.json", "--perplexity_by_length", "[32, 64, 128]")

@@ -194,10 +194,12 @@ def test_data_without_a_conversation_to_train_on(flags, tmp_path):
 def test_two_processes_give_the_same_losses(flags, method):
     one = rows(train(flags, name="one", method=method), "loss")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for more in (dict(stop_at_step=2), dict(resume=True)):  # a resume goes on as if nothing had been
-        two = dict(flags, name="two", method=method, devices=2, **more)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    # A resume goes on as if nothing had been.
+    for launcher, more in (([], dict(devices=2, stop_at_step=2)), (torchrun, dict(resume=True))):
+        two = dict(flags, name="two", method=method, **more)
         words = [word for flag, value in two.items() for word in (f"--{flag}", str(value))]
-        command = [sys.executable, str(ROOT / "sft" / "finetune.py"), *words]
+        command = [sys.executable, *launcher, str(ROOT / "sft" / "finetune.py"), *words]
         out = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert out.returncode == 0, out.stderr[-3000:]
     assert rows(flags["out_dir"] / "two", "loss") == pytest.approx(one, rel=1e-4)
