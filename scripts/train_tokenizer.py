@@ -37,8 +37,8 @@ class TrainTokenizerArgs:
     """As Llama 2 or as Llama 3."""
     text_keys: list[str] = field(default_factory=lambda: ["text", "content"])
     """Where the text of a record is; the first of these that a file has."""
-    max_bytes: int = 100_000_000
-    """Characters of text to train on, taken from all files evenly."""
+    max_characters: int = 100_000_000
+    """Of text to train on, taken from all files evenly."""
     overwrite: bool = False
     """Replace the tokenizer that is in destination_path."""
 
@@ -50,7 +50,7 @@ def main(args: TrainTokenizerArgs) -> None:
     if out_file.exists() and not args.overwrite:
         raise ValueError(f"{out_file} exists; --overwrite true replaces it")
     files = find_files(args.source_path, ANY_TEXT)
-    texts = sample(files, args.text_keys, args.max_bytes)
+    texts = sample(files, args.text_keys, args.max_characters)
     train = {"sentencepiece": train_sentencepiece, "tokenizers": train_tokenizers}[args.kind]
     content = train(texts, args.vocab_size)
 
@@ -64,22 +64,25 @@ def main(args: TrainTokenizerArgs) -> None:
     print(f"{out_file}: {Tokenizer(out_file).describe()}")
 
 
-def sample(files: list[Path], text_keys: list[str], max_bytes: int) -> Iterator[str]:
-    """Documents of all files, of each about as much."""
+def sample(files: list[Path], text_keys: list[str], max_characters: int) -> Iterator[str]:
+    """Documents of all files, of each about as much, from its beginning."""
     from tqdm import tqdm
 
     for path in tqdm(files, desc="reading", unit="file"):
-        left = max(max_bytes // len(files), 1)
+        left = max(max_characters // len(files), 1)
         source = open_source(path)
-        units = (source.read(0, Fields(key)) for key in text_keys)
-        unit = next((unit for unit in units if unit.texts), None)
-        if unit is None:
+        fields = next((f for f in map(Fields, text_keys) if source.read(0, f).texts), None)
+        if fields is None:
             raise ValueError(f"{path}: no text in it under {' or '.join(text_keys)}; name its key with --text_keys")
-        for text in unit.texts:
-            yield text[:left]
-            left -= len(text)
-            if left <= 0:
-                break
+        index, last = 0, False
+        while left > 0 and not last:
+            unit = source.read(index, fields)
+            for text in unit.texts:
+                yield text[:left]
+                left -= len(text)
+                if left <= 0:
+                    break
+            index, last = index + 1, unit.last
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:

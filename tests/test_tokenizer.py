@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lit_gpt import text_sources
 from lit_gpt import tokenizer as tokenizer_module
 from lit_gpt.tokenizer import SEPARATOR, TORTURE, BatchEncoder, Tokenizer
 
@@ -254,6 +255,16 @@ def test_train_tokenizer_says_what_is_wrong(tmp_path):
         with pytest.raises(ValueError, match="--vocab_size 30000"):
             script.main(script.TrainTokenizerArgs(tmp_path, tmp_path / "out", vocab_size=30000, kind=kind))
     assert not (tmp_path / "out").exists()
+
+
+def test_train_tokenizer_reads_as_much_as_it_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_sources, "UNIT", 1000)
+    (tmp_path / "long.jsonl").write_text("".join(f'{{"content": "{i:05d}"}}\n' for i in range(1000)))
+    (tmp_path / "short.jsonl").write_text('{"content": "0123456789"}\n')
+    script = train_tokenizer_script()
+    for limit, expected in ((8001, 4010), (10, 10), (100_000, 5010)):
+        texts = list(script.sample(sorted(tmp_path.glob("*")), ["text", "content"], limit))
+        assert sum(map(len, texts)) == expected
 
 
 @pytest.mark.shared
