@@ -203,7 +203,8 @@ class Watch:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if self.store is not None and isinstance(error, RuntimeError):
+        own = isinstance(error, torch.OutOfMemoryError)  # never an echo
+        if self.store is not None and isinstance(error, RuntimeError) and not own:
             # Perhaps only the echo of another rank's death: give its neighbour the time to find out, then end there.
             self._end.wait(SILENCE_S + 5)
         self._end.set()

@@ -216,6 +216,15 @@ class TestRanks:
         logs = self.ends(ranks, tmp_path, within_s=55)
         assert "ended in step 1 with FileNotFoundError:" in logs[0], logs[0]
 
+    def test_a_rank_without_memory_tells_the_others_at_once(self, flags, tmp_path):  # noqa: F811
+        ranks = start_ranks(2, has_no_memory_on_rank_1, flags, log_dir=tmp_path)
+        log = tmp_path / "rank-0.log"
+        while not (log.exists() and "rank 0 computes" in log.read_text()):
+            time.sleep(0.1)
+            assert ranks[0][0].is_alive(), log.read_text()
+        logs = self.ends(ranks, tmp_path, within_s=cluster.SILENCE_S - 5)
+        assert "ended in step 1 with OutOfMemoryError: CUDA out of memory" in logs[0], logs[0]
+
     def test_a_killed_reader_ends_all_ranks_at_once(self, flags, tmp_path):  # noqa: F811
         flags = dict(flags, max_steps=10**6, num_workers=1, eval_interval=10**6, save_interval=10**6)
         ranks = start_ranks(2, loses_its_reader_while_it_computes, flags, log_dir=tmp_path)
@@ -261,6 +270,17 @@ def loses_its_reader_while_it_computes(flags: dict) -> None:  # noqa: F811
 def fails_on_rank_1(flags: dict) -> None:  # noqa: F811
     more = {"train_mix": {"nowhere": 1.0}} if os.environ["RANK"] == "1" else {}
     runs(flags, [more])
+
+
+def has_no_memory_on_rank_1(flags: dict) -> None:  # noqa: F811
+    def forward(*args):
+        if os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        print("rank 0 computes", flush=True)
+        return real(*args)
+
+    real, tinyllama.forward = tinyllama.forward, forward
+    runs(flags, [{}])
 
 
 def meet() -> str:
