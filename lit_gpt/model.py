@@ -236,9 +236,8 @@ class LLaMAMLP(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if any(
-            type(m) is not Linear for m in (self.fc_1, self.fc_2, self.proj)
-        ):  # an adapter, which has its own forward
+        adapted = any(type(m) is not Linear for m in (self.fc_1, self.fc_2, self.proj))
+        if adapted:  # an adapter has a forward of its own
             return self.proj(swiglu(self.fc_1(x), self.fc_2(x)))
         return self.kernels.swiglu_mlp(x, self.fc_1.weight, self.fc_2.weight, self.proj.weight)
 
