@@ -143,6 +143,12 @@ def test_swiglu(fused, shape, dtype):
     assert_matches(Fast.apply, lambda x: swiglu.swiglu(*x.split(width, -1)), [randn(*shape, scale=2)], dtype)
 
 
+@pytest.mark.gpu
+def test_swiglu_of_more_than_2_to_the_31_elements(fused):
+    gate_up = torch.randn(3, 2**30, dtype=torch.bfloat16, device=DEVICE)
+    assert torch.equal(fused.swiglu(gate_up)[2], fused.swiglu(gate_up[2]))
+
+
 @DTYPES
 def test_swiglu_mlp(fused, dtype):
     inputs = [randn(2, 7, 24), randn(40, 24), randn(40, 24, seed=1), randn(24, 40)]
@@ -157,7 +163,7 @@ from triton.compiler import ASTSource
 from lit_gpt.kernels import fused
 
 SIZES = dict(ADD=True, BLOCK=2048, N=528, G=4, D=80, QUERIES=8, HALF=32, BLOCK_N=64, BLOCK_H=32, REST=16, BLOCK_C=16)
-SIZES |= dict(WIDTH=5632, V=32000, IGNORE=-100)
+SIZES |= dict(WIDTH=5632, LONG=True, V=32000, IGNORE=-100)
 SCALARS = dict(eps="fp32", z_loss="fp32", **dict.fromkeys(("C", "n", "n_rows", "n_heads", "table_rows"), "i32"))
 POINTERS = dict.fromkeys(("weight", "d_weight", "cos", "sin", "loss", "parts", "out"), "*fp32") | dict(targets="*i64")
 kernels = [k for k in vars(fused).values() if isinstance(k, triton.JITFunction)]
@@ -461,6 +467,14 @@ def test_a_package_that_was_named_and_is_missing_is_an_import_error(monkeypatch,
         select_kernels(f"{name}+torch", device=torch.device("cuda"), dtype=torch.bfloat16)
 
 
+XFORMERS = {
+    "__init__": "",
+    "ops/__init__": "LowerTriangularMask = memory_efficient_attention = None",
+    "ops/fmha/__init__": "",
+    "ops/fmha/attn_bias": "BlockDiagonalCausalMask = None",
+}
+
+
 @pytest.fixture
 def fake_xformers(monkeypatch, tmp_path):
     """Writes the sources of a package called xformers, which lasts as long as the test."""
@@ -469,8 +483,8 @@ def fake_xformers(monkeypatch, tmp_path):
     for name in imported("xformers", "flash_attn"):
         monkeypatch.delitem(sys.modules, name)  # it comes back afterwards
 
-    def write(**sources):
-        for path, source in ({"__init__": "", "ops/__init__": "", "ops/fmha/__init__": ""} | sources).items():
+    def write(sources):
+        for path, source in sources.items():
             file = tmp_path / f"xformers/{path}.py"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(source)
@@ -480,9 +494,16 @@ def fake_xformers(monkeypatch, tmp_path):
         del sys.modules[name]
 
 
-def test_a_package_that_does_not_import_says_so(fake_xformers):
-    fake_xformers(**{"ops/__init__": "raise ImportError('built for another torch')"})
-    with pytest.raises(ValueError, match="'xformers': is installed, but does not import here .*built for another"):
+@pytest.mark.parametrize(
+    "sources, why",
+    [
+        ({"ops/__init__": "raise ImportError('it misses a library')"}, "it misses a library"),
+        ({"__init__": "_has_cpp_library = False; __version__ = '1.2'"}, "1.2 is built for another PyTorch or CUDA"),
+    ],
+)
+def test_a_package_that_does_not_work_says_so(fake_xformers, sources, why):
+    fake_xformers(XFORMERS | sources)
+    with pytest.raises(ValueError, match=f"'xformers': is installed, but does not work here .*{why}"):
         select_kernels("xformers+torch", device=torch.device("cuda"), dtype=torch.bfloat16)
 
 
@@ -500,7 +521,7 @@ def test_xformers_does_not_take_flash_attn_4_for_flash_attn(fake_xformers, tmp_p
             Path(__file__).with_name("took").touch()
         LowerTriangularMask = memory_efficient_attention = None
     """
-    fake_xformers(**{"ops/__init__": textwrap.dedent(ops), "ops/fmha/attn_bias": "BlockDiagonalCausalMask = None"})
+    fake_xformers(XFORMERS | {"ops/__init__": textwrap.dedent(ops)})
     import flash_attn.cute
 
     load("xformers")

@@ -5,6 +5,7 @@ B batch, T query positions, S key positions, H query heads, G key/value heads (H
 
 import functools
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -151,12 +152,17 @@ def _xformers() -> tuple[Callable, type, type]:
     alone = found and importlib.util.find_spec("flash_attn.flash_attn_interface") is None
     if alone:
         sys.modules["flash_attn"] = None
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # what it warns of on import is raised below
     try:
+        import xformers
         from xformers.ops import LowerTriangularMask, memory_efficient_attention
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
     finally:
         if alone:
             sys.modules["flash_attn"] = found
+    if not getattr(xformers, "_has_cpp_library", True):  # without it, it refuses even what PyTorch has the kernels for
+        where = "pip's --index-url https://download.pytorch.org/whl/cu130 has those for CUDA 13.0"
+        raise ImportError(f"version {xformers.__version__} is built for another PyTorch or CUDA; {where}")
     return memory_efficient_attention, LowerTriangularMask, BlockDiagonalCausalMask
 
 
@@ -181,8 +187,8 @@ def usable(name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int
             q, k, v = (torch.randn(1, 256, n, D, device=device, dtype=dtype, requires_grad=True) for n in (H, G, G))
             backend(q, k, v).sum().backward()
     except ImportError as e:
-        if name == "xformers" and importlib.util.find_spec("xformers"):  # another torch's, for one
-            return f"is installed, but does not import here ({e}); `auto` needs no package but torch"
+        if name == "xformers" and importlib.util.find_spec("xformers"):
+            return f"is installed, but does not work here ({e}); `auto` needs no package but torch"
         return f"not installed: {INSTALL[name]} ({e})"
     except Exception as e:  # whatever a foreign package raises, it does not work here
         return f"fails here: {str(e).strip().splitlines()[0][:80] if str(e).strip() else type(e).__name__}"
