@@ -10,25 +10,30 @@ from pathlib import Path
 
 from lit_gpt import checkpoint
 from lit_gpt.cli import one_line_errors, parse
+from lit_gpt.hf_tokenizer import copy_tokenizer
 from lit_gpt.pretrained import open_pretrained, write_lit
+from lit_gpt.weights import whole_folder
 
 
-def main(checkpoint_dir: Path, out_dir: Path, optimizer: bool = False) -> None:
+def main(checkpoint_dir: Path, out_dir: Path, optimizer: bool = False, overwrite: bool = False) -> None:
     """Write the model of a run's checkpoint to one file.
 
     Args:
         checkpoint_dir: A run, of which the newest checkpoint is taken, or a step-... folder of it.
-        out_dir: Folder for the files.
+        out_dir: Appears when all of it is written and verified, with the run's tokenizer, if it has one.
         optimizer: Also write Adam's moments.
+        overwrite: Replace out_dir if it exists.
     """
     found = open_pretrained(checkpoint_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_lit(found, out_dir)
-    if optimizer:
-        from safetensors.torch import save_file
+    with whole_folder(out_dir, overwrite) as folder:
+        write_lit(found, folder)
+        if found.tokenizer is not None:
+            copy_tokenizer(found.tokenizer, folder)
+        if optimizer:
+            from safetensors.torch import save_file
 
-        moments = checkpoint.load_tensors(found.path, "optimizer.state.")
-        save_file(moments, out_dir / "lit_optimizer.safetensors")
+            moments = checkpoint.load_tensors(found.path, "optimizer.state.")
+            save_file(moments, folder / "lit_optimizer.safetensors")
     print(f"{found.path} -> {out_dir}")
 
 

@@ -194,15 +194,9 @@ class TestInOneProcess:
 
     def test_a_checkpoint_becomes_a_single_file(self, flags, tmp_path):
         run_dir = train(flags, max_steps=2, warmup_steps=1, val_data_dir=None)
-        code = run_script(
-            "consolidate_checkpoint.py",
-            "--checkpoint_dir",
-            run_dir,
-            "--out_dir",
-            tmp_path / "single",
-            "--optimizer=true",
-        )
-        assert code == 0
+        words = ("--checkpoint_dir", run_dir, "--out_dir", tmp_path / "single", "--optimizer=true")
+        assert run_script("consolidate_checkpoint.py", *words) == 0
+        assert "--overwrite true" in run_script("consolidate_checkpoint.py", *words)
         weights = checkpoint.load_weights(run_dir / "step-00000002")
         single = open_pretrained(tmp_path / "single").weights
         assert all(torch.equal(weights[name], single[name]) for name in weights)
