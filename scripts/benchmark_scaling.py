@@ -65,6 +65,8 @@ def scaling(
     """
     available = max(torch.cuda.device_count(), 1)
     devices = devices or [n for n in (1, 2, 4, 8, 16) if n <= available]
+    if min(devices) < 1 or (torch.cuda.is_available() and max(devices) > available):
+        raise ValueError(f"--devices {devices}: this machine has {available}")
     for name in model or []:
         Config.from_name(name)
     if unknown := [way for way in sharding or [] if not re.fullmatch(r"(optimizer|fsdp)(/\d+)?|ddp", way)]:
