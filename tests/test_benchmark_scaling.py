@@ -1,9 +1,7 @@
 """scripts/benchmark_scaling.py with two ranks: what fails is told, costs nobody minutes, and leaves the other rows."""
 
 import json
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -29,21 +27,40 @@ if "RANK" in os.environ:
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_alone_ends_the_run_and_failed_rows_the_program(tmp_path):
+def test_a_rank_that_fails_alone_ends_the_run_and_failed_rows_the_program(tmp_path, monkeypatch, capsys):
     (tmp_path / "sitecustomize.py").write_text(SITE)
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    flags = ["--devices", "[2]", "--model", "[tiny_LLaMA_120M]", "--sharding", "[ddp, fsdp, optimizer]"]
-    flags += ["--micro_batch_tokens", "16", "--accumulation", "1", "--steps", "1", "--json", tmp_path / "rows.json"]
-    command = [sys.executable, ROOT / "scripts" / "benchmark.py", "scaling", *flags]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    scaling = runpy.run_path(str(ROOT / "scripts" / "benchmark_scaling.py"))["scaling"]
+    with pytest.raises(ValueError, match="^1 of 3 cases were measured; the first problem: out of memory, say$"):
+        scaling(
+            devices=[2],
+            model=["tiny_LLaMA_120M"],
+            sharding=["ddp", "fsdp", "optimizer"],
+            micro_batch_tokens=16,
+            accumulation=1,
+            steps=1,
+            json=tmp_path / "rows.json",
+        )
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["sharding"], row.get("problem")) for row in rows] == [
         ("ddp", None),
         ("fsdp", "out of memory, say"),
         ("optimizer", "out of memory, say (rank 1 alone)"),
     ]
-    assert rows[0]["tokens/s/GPU"] > 0 and all(str(row) in done.stdout for row in rows)
-    assert done.returncode == 1
-    assert done.stderr.endswith("error: 1 of 3 cases were measured; the first problem: out of memory, say\n"), (
-        done.stderr
-    )
+    printed = capsys.readouterr().out
+    assert rows[0]["tokens/s/GPU"] > 0 and all(str(row) in printed for row in rows)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(model=["tiny"]), "unknown model 'tiny'"),
+        (dict(sharding=["optimizer/2", "half"]), "--sharding half is none of"),
+        (dict(devices=[0]), r"--devices \[0\]: this machine has"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(flags, message):
+    with pytest.raises(ValueError, match=message):
+        runpy.run_path(str(ROOT / "scripts" / "benchmark_scaling.py"))["scaling"](**flags)
