@@ -410,6 +410,7 @@ def attention(json: Path | None = None) -> None:
                 "error": error.item(),
             }
             rows.append(row | {k: float(f"{n:.3g}") for k, n in numbers.items()})
+            print(rows[-1], flush=True)
     report(rows, json)
 
 
