@@ -197,13 +197,17 @@ class TestRanks:
         assert not alive, logs
         return logs
 
+    def says(self, ranks: list, log_dir: Path, what: str) -> None:
+        """Waits until rank 0 has said it."""
+        log = log_dir / "rank-0.log"
+        while not (log.exists() and what in log.read_text()):
+            time.sleep(0.1)
+            assert ranks[0][0].is_alive(), log.read_text()
+
     def test_a_rank_that_dies_takes_the_others_down_and_is_named(self, flags, tmp_path):  # noqa: F811
         flags = dict(flags, global_batch_tokens=12 * 32, max_steps=10**6, eval_interval=10**6, save_interval=10**6)
         ranks = start_ranks(3, runs, flags, [{}], log_dir=tmp_path)
-        log = tmp_path / "rank-0.log"
-        while not (log.exists() and "\nstep " in log.read_text()):
-            time.sleep(0.1)
-            assert ranks[0][0].is_alive(), log.read_text()
+        self.says(ranks, tmp_path, "\nstep ")
         ranks[1][0].kill()
         logs = self.ends(ranks, tmp_path, within_s=55)
         for rank in (0, 2):
@@ -218,20 +222,14 @@ class TestRanks:
 
     def test_a_rank_without_memory_tells_the_others_at_once(self, flags, tmp_path):  # noqa: F811
         ranks = start_ranks(2, has_no_memory_on_rank_1, flags, log_dir=tmp_path)
-        log = tmp_path / "rank-0.log"
-        while not (log.exists() and "rank 0 computes" in log.read_text()):
-            time.sleep(0.1)
-            assert ranks[0][0].is_alive(), log.read_text()
+        self.says(ranks, tmp_path, "rank 0 computes")
         logs = self.ends(ranks, tmp_path, within_s=cluster.SILENCE_S - 5)
         assert "ended in step 1 with OutOfMemoryError: CUDA out of memory" in logs[0], logs[0]
 
     def test_a_killed_reader_ends_all_ranks_at_once(self, flags, tmp_path):  # noqa: F811
         flags = dict(flags, max_steps=10**6, num_workers=1, eval_interval=10**6, save_interval=10**6)
         ranks = start_ranks(2, loses_its_reader_while_it_computes, flags, log_dir=tmp_path)
-        log = tmp_path / "rank-0.log"
-        while not (log.exists() and "\nstep " in log.read_text()):
-            time.sleep(0.1)
-            assert ranks[0][0].is_alive(), log.read_text()
+        self.says(ranks, tmp_path, "\nstep ")
         logs = self.ends(ranks, tmp_path, within_s=cluster.SILENCE_S - 5)
         assert "ended in step" in logs[0] and "OSError: rank 1 gets no data: DataLoader worker" in logs[0], logs[0]
 
