@@ -9,7 +9,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,20 @@ def parse(component: Callable, argv: list[str] | None = None) -> Any:
     flags = parser.instantiate(parser.parse_args(argv)).as_dict()
     flags.pop("config")
     return component(**flags)
+
+
+def check_flags(args: Any, positive: Collection[str], not_negative: Collection[str] = ()) -> None:
+    """What makes no sense anywhere, whatever the data and the machine. None, for a flag that is not given, is fine.
+
+    Raises: ValueError naming every field of `args` among these that is not positive or is negative, and `devices` that
+    are neither auto nor a number.
+    """
+    problems = [f"--{f} {v} is not positive" for f in positive if (v := getattr(args, f)) is not None and v <= 0]
+    problems += [f"--{f} {v} is negative" for f in not_negative if (v := getattr(args, f)) is not None and v < 0]
+    if args.devices != "auto" and not (str(args.devices).isdecimal() and int(args.devices)):
+        problems.append(f"--devices {args.devices} is neither auto nor a number of devices")
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 @contextmanager

@@ -33,6 +33,12 @@ STUCK_S = 60.0  # waiting for data longer than this is reported, again and again
 COLLECTIVE_S = 600  # no collective waits longer, even if every process is alive
 
 
+def processes(per_node: int, num_nodes: int = 1) -> tuple[int, int]:
+    """Of this node and of the whole run: as the launcher (torchrun, fabric) says, or else as asked for."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", per_node))
+    return per_node, int(os.environ.get("WORLD_SIZE", per_node * num_nodes))
+
+
 def join(rank: int, world_size: int, address: str, port: int, device: torch.device) -> dist.Store:
     """Meet the other ranks and make the default process group: NCCL for CUDA tensors, gloo for those on the CPU.
 

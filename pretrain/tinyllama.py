@@ -38,7 +38,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lit_gpt import checkpoint, cluster
 from lit_gpt.checkpoint import Checkpointer
-from lit_gpt.cli import one_line_errors, parse
+from lit_gpt.cli import check_flags, one_line_errors, parse
 from lit_gpt.config import Config
 from lit_gpt.hf import check_weights
 from lit_gpt.interrupt import Interrupt
@@ -191,18 +191,12 @@ class TrainArgs:
     """Price of a GPU, for the plan."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming every flag that makes no sense anywhere."""
         positive = ("global_batch_tokens", "micro_batch_size", "max_tokens", "max_steps", "max_epochs", "stop_at_step")
         positive += ("grad_clip", "num_nodes", "shard_devices", "profile_step", "eval_sequences", "eval_limit")
         positive += ("log_interval", "eval_interval", "save_interval")
         not_negative = ("warmup_steps", "decay_steps", "weight_decay", "num_workers", "keep_checkpoints")
         not_negative += ("permanent_interval",)
-        problems = [f"--{f} {v} is not positive" for f in positive if (v := getattr(self, f)) is not None and v <= 0]
-        problems += [f"--{f} {v} is negative" for f in not_negative if (v := getattr(self, f)) < 0]
-        if self.devices != "auto" and not (str(self.devices).isdecimal() and int(self.devices)):
-            problems.append(f"--devices {self.devices} is neither auto nor a number of devices")
-        if problems:
-            raise ValueError("; ".join(problems))
+        check_flags(self, positive, not_negative)
 
     def accumulation(self, block_size: int, world_size: int) -> int:
         """Micro-batches of each device in one optimizer step."""
@@ -641,8 +635,7 @@ def launch(args: TrainArgs, config: Config) -> Fabric:
     if args.precision == "auto":
         args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
     per_node = int(args.devices if args.devices != "auto" else torch.cuda.device_count() if on_gpu else 1)
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", per_node))  # torchrun and fabric know better
-    world_size = int(os.environ.get("WORLD_SIZE", per_node * args.num_nodes))
+    per_node, world_size = cluster.processes(per_node, args.num_nodes)
 
     if args.sharding == "auto":
         plan = memory_plan(config, args.micro_batch_size * config.block_size, args.recompute, sharers=per_node)

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from lit_gpt import checkpoint, perplexity
+from lit_gpt import checkpoint, cluster, perplexity
 from lit_gpt.cli import one_line_errors, parse
 from lit_gpt.hf_tokenizer import starts_with_bos
 from lit_gpt.kernels import select_kernels
@@ -196,9 +196,8 @@ def launch(device: str, devices: int) -> str:
     from lightning_fabric import Fabric
 
     accelerator = "cuda" if device == "cuda" else "cpu"
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", devices))  # torchrun knows better
-    num_nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy="ddp")
+    devices, world_size = cluster.processes(devices)
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=world_size // devices, strategy="ddp")
     fabric.launch()
     if not fabric.is_global_zero:
         warnings.simplefilter("ignore")

@@ -33,10 +33,10 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from lit_gpt import checkpoint
+from lit_gpt import checkpoint, cluster
 from lit_gpt.chat_data import ChatBatch, PackedRows, load_conversations, pack_conversations
 from lit_gpt.chat_template import ChatTemplate, Message
-from lit_gpt.cli import one_line_errors, parse
+from lit_gpt.cli import check_flags, one_line_errors, parse
 from lit_gpt.hf import export
 from lit_gpt.hf_tokenizer import export_tokenizer, starts_with_bos
 from lit_gpt.hub import local_folder
@@ -136,14 +136,9 @@ class FinetuneArgs:
     """metrics.csv is written in any case."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming every flag that makes no sense anywhere."""
         positive = ("epochs", "global_batch_tokens", "micro_batch_size", "learning_rate", "grad_clip", "lora_rank")
         positive += ("lora_alpha", "eval_interval", "stop_at_step")
-        problems = [f"--{f} {v} is not positive" for f in positive if (v := getattr(self, f)) is not None and v <= 0]
-        if self.devices != "auto" and not (str(self.devices).isdecimal() and int(self.devices)):
-            problems.append(f"--devices {self.devices} is neither auto nor a number of devices")
-        if problems:
-            raise ValueError("; ".join(problems))
+        check_flags(self, positive)
 
     def peak_lr(self) -> float:
         return self.learning_rate or (2e-5 if self.method == "full" else 2e-4)
@@ -525,8 +520,7 @@ def launch(args: FinetuneArgs) -> Fabric:
         return fully_shard(model, mesh=mesh, mp_policy=policy)
 
     devices = int(args.devices) if args.devices != "auto" else torch.cuda.device_count() if on_gpu else 1
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", devices))  # torchrun and fabric know better
-    world_size = int(os.environ.get("WORLD_SIZE", devices))
+    devices, world_size = cluster.processes(devices)
     strategy = "auto"
     if world_size > 1:
         strategy = ModelParallelStrategy(shard) if args.method == "full" else DDPStrategy()
