@@ -1,5 +1,6 @@
 """How fast a step is, how fast it could be, and what a run takes: FLOPs from the Config, peaks from the data sheets."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     for pattern, tflops in PEAK_TFLOPS:
-        if pattern in name:
+        if re.search(rf"\b{pattern}\b", name):
             return tflops[precision] * 1e12 if precision in tflops else None
     return None
 
@@ -206,5 +207,5 @@ def known_gpu(device: torch.device) -> str | None:
         return None
     name = torch.cuda.get_device_name(device).replace("GeForce ", "").replace("RTX ", "RTX")
     large = torch.cuda.get_device_properties(device).total_memory > 60e9
-    name = name.replace("A100", "A100-80G" if large else "A100-40G")
-    return next((gpu for gpu in GPUS if gpu in name), None)
+    name = re.sub(r"\bA100\b", "A100-80G" if large else "A100-40G", name)
+    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu}\b", name)), None)

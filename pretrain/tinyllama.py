@@ -633,7 +633,7 @@ def launch(args: TrainArgs, config: Config) -> Fabric:
     torch.set_float32_matmul_precision("high")
     on_gpu = args.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
     if args.precision == "auto":
-        args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+        args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     per_node = int(args.devices if args.devices != "auto" else torch.cuda.device_count() if on_gpu else 1)
     per_node, world_size = cluster.processes(per_node, args.num_nodes)
 

@@ -24,27 +24,26 @@ if __name__ == "__main__" and "step" in sys.argv[1:2]:
     precompile.begin(sys.argv)  # the kernels, while the libraries below are imported
 
 import gc
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_decode import decode
+from benchmark_decode import decode, report
+from benchmark_kernels import attention, kernels, needs_gpu
 from benchmark_prepare import prepare
 from benchmark_scaling import scaling
 
 from lit_gpt.cli import one_line_errors
 from lit_gpt.config import Config
-from lit_gpt.kernels import attention as reference_attention
 from lit_gpt.kernels import select_kernels
-from lit_gpt.kernels.attention import NAMES as ATTENTIONS
-from lit_gpt.kernels.attention import load, usable
 from lit_gpt.model import GPT
 from lit_gpt.optim import clip_and_step, init_adam, param_groups
 from lit_gpt.speed_monitor import GPUS, flops_per_token, largest_micro_batch, memory_plan, peak_flops
 
-PEERS = ("litgpt", "hf", "hf-liger", "autocast", "torchao-fp8")
+# And what pip calls them, in the order in which they are timed: Liger's functions stay in transformers once there.
+PEERS = {"litgpt": "litgpt", "autocast": "", "torchao-fp8": "torchao", "hf": "transformers", "hf-liger": "liger-kernel"}
+PRECISIONS = ("bf16", "fp8", "fp32")
 
 # --- a training step -------------------------------------------------------------------------------------------------
 
@@ -58,6 +57,7 @@ def step(
     precision: list[str] | str = "bf16",
     peer: list[str] | str = [],  # noqa: B006 (jsonargparse reads it)
     recompute: bool = False,
+    compile_blocks: bool = False,
     memory_limit_gb: float | None = None,
     profile: bool = False,
     json: Path | None = None,
@@ -76,24 +76,25 @@ def step(
             hf-liger (with Liger's kernels, not compiled), autocast (ours, plain, blocks compiled); and torchao-fp8 (as
             autocast, with torchao's tensorwise fp8 in the linear layers, and bf16 parameters and moments).
         recompute: compute each block's activations again in the backward.
+        compile_blocks: torch.compile each block of ours, whatever its kernels are.
         memory_limit_gb: let PyTorch have this much of the card's memory, in units of 1e9 bytes.
         profile: print where the device's time goes, by kernel.
         json: write the rows to this file as well.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = Config.from_name(model)
-    if memory_limit_gb is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(memory_limit_gb * 1e9 / total)
     kernels, precision, peer, micro_batch_size = (
         value if isinstance(value, list) else [value] for value in (kernels, precision, peer, micro_batch_size)
     )
-    for name in peer:
-        if name not in PEERS:
-            raise ValueError(f"--peer {name}: known are {', '.join(PEERS)}")
-    rows = []
+    check_step(config, peer, precision, (*micro_batch_size, accumulation, steps))
+    if memory_limit_gb is not None or profile:
+        needs_gpu("--profile" if profile else "--memory_limit_gb")
+    if memory_limit_gb is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(memory_limit_gb * 1e9 / total)
+    rows, problems = [], []
     ours = [(name, p) for p in precision for name in kernels]
-    for name, precision in [*ours, *((name, "") for name in peer)]:
+    for name, precision in [*ours, *((name, "") for name in PEERS if name in peer)]:
         for size in micro_batch_size:
             row = {"model": model, "kernels": name, "precision": precision, "tokens": size * config.block_size}
             row["accumulation"] = accumulation
@@ -102,10 +103,14 @@ def step(
                 if name in PEERS:
                     network, loss_of = build_peer(name, config, device)
                 else:
-                    network, loss_of = build_ours(name, config, device, precision, recompute)
+                    network, loss_of = build_ours(name, config, device, precision, recompute, compile_blocks)
                 row |= time_step(network, loss_of, config, size, accumulation, steps, device, profile, t0)
             except torch.OutOfMemoryError:
                 row |= {"tokens/s": "out of memory"}
+            except (ImportError, ValueError) as e:  # the other rows still count
+                install = f": pip install {PEERS[name]}" if name in PEERS and isinstance(e, ImportError) else ""
+                problems.append(f"{name}: {e}{install}")
+                row |= {"tokens/s": "failed"}
             network = loss_of = None
             gc.collect()
             torch.compiler.reset()
@@ -114,9 +119,27 @@ def step(
             rows.append(row)
             print(row, flush=True)
     report(rows, json)
+    if problems:
+        raise ValueError("; ".join(dict.fromkeys(problems)))
 
 
-def build_ours(kernels: str, config: Config, device: torch.device, precision: str, recompute: bool):
+def check_step(config: Config, peer: list[str], precision: list[str], at_least_one: tuple[int, ...]) -> None:
+    """Raises ValueError for what cannot be timed, before anything is."""
+    for flag, values, known in (("peer", peer, PEERS), ("precision", precision, PRECISIONS)):
+        for name in values:
+            if name not in known:
+                raise ValueError(f"--{flag} {name}: known are {', '.join(known)}")
+    if "litgpt" in peer and config.name != "tiny_LLaMA_1b":
+        raise ValueError(f"--peer litgpt: of its models only tiny_LLaMA_1b is known to equal ours, not {config.name}")
+    if config.family != "llama" and {"hf", "hf-liger"} & {*peer}:
+        raise ValueError(f"--peer hf and hf-liger are Llama models, {config.name} is not")
+    if min(at_least_one) < 1:
+        raise ValueError("--micro_batch_size, --accumulation and --steps must be at least 1")
+
+
+def build_ours(
+    kernels: str, config: Config, device: torch.device, precision: str, recompute: bool, compile_blocks: bool
+) -> tuple[torch.nn.Module, Callable]:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     heads = (config.n_head, config.n_query_groups, config.head_size)
     selected = select_kernels(kernels, device=device, dtype=dtype, heads=heads, fp8=precision == "fp8")
@@ -129,7 +152,7 @@ def build_ours(kernels: str, config: Config, device: torch.device, precision: st
         model.train_in_fp8()
     if precision != "fp32":
         model.compute_in(torch.bfloat16)
-    if selected.compile_blocks:
+    if selected.compile_blocks or compile_blocks:
         for block in model.transformer.h:
             block.compile()
     return model, model
@@ -234,231 +257,6 @@ def time_step(model, loss_of, config, size, accumulation, steps, device, profile
     }
 
 
-# --- its parts -------------------------------------------------------------------------------------------------------
-
-
-def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | None = None) -> None:
-    """Each fused operation, forward and backward, beside PyTorch, torch.compile and Liger (if installed), and the
-    share of a device copy's bandwidth that it reaches, for the bytes that it must move; GB is what forward and backward
-    need at their peak.
-
-    Args:
-        n_tokens: tokens in a call.
-        model: whose sizes are taken.
-        json: write the rows to this file as well.
-    """
-    from lit_gpt.kernels import cross_entropy, fused, rmsnorm, rope, swiglu
-
-    device = torch.device("cuda")
-    c = Config.from_name(model)
-    N, C, W, V = n_tokens, c.n_embd, c.intermediate_size, c.padded_vocab_size
-    T = min(c.block_size, N)
-
-    def randn(*shape):
-        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
-
-    bandwidth = copy_bandwidth(device)
-    print(f"device copy: {bandwidth / 1e12:.2f} TB/s")
-
-    x, delta, qkv = randn(1, N, C), randn(1, N, C), randn(N // T, T, c.qkv_size)
-    gate_up, w = randn(1, N, 2 * W), torch.ones(C, device=device)
-    cos, sin = rope.rope_tables(c, T, device)
-    hidden, head = randn(N, C) * 0.05, randn(V, C) * 0.05
-    targets = torch.randint(V, (N,), device=device)
-
-    def swiglu_with(forward: Callable, backward: Callable) -> Callable:
-        """The backward gives the output again too, as a step does, whose next gradient needs it."""
-
-        class Swiglu(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, gate_up):
-                ctx.save_for_backward(gate_up)
-                return forward(gate_up)
-
-            @staticmethod
-            def backward(ctx, dh):
-                return backward(*ctx.saved_tensors, dh)[0]
-
-        return Swiglu.apply
-
-    def reference_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-        return swiglu.swiglu(*gate_up.split(W, -1))
-
-    def reference_swiglu_backward(gate_up: torch.Tensor, dh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        h, pull_back = torch.func.vjp(reference_swiglu, gate_up)
-        return pull_back(dh)[0], h
-
-    # operation -> inputs, bytes forward, bytes backward, {name: function}
-    operations = {
-        "add + rms_norm": (
-            (x, delta, w),
-            8 * N * C,
-            8 * N * C,
-            {
-                "ours": lambda x, d, w: fused.add_rms_norm(x, d, w, 1e-5),
-                "torch": lambda x, d, w: rmsnorm.add_rms_norm(x, d, w, 1e-5),
-            },
-        ),
-        "split + rope": (
-            (qkv,),
-            4 * qkv.numel(),
-            4 * qkv.numel(),
-            {
-                "ours": lambda qkv: fused.split_rope(qkv, cos, sin, c.n_query_groups, c.head_size),
-                "torch": lambda qkv: rope.split_rope(qkv, cos, sin, c.n_query_groups, c.head_size),
-            },
-        ),
-        "swiglu": (
-            (gate_up,),
-            6 * N * W,
-            12 * N * W,
-            {
-                "ours": swiglu_with(fused.swiglu, fused.swiglu_backward),
-                "torch": swiglu_with(reference_swiglu, reference_swiglu_backward),
-                "compile": swiglu_with(torch.compile(reference_swiglu), torch.compile(reference_swiglu_backward)),
-            },
-        ),
-        "linear cross-entropy": (
-            (hidden, head, targets),
-            None,
-            None,
-            {
-                "ours": fused.linear_cross_entropy,
-                "torch": cross_entropy.linear_cross_entropy,
-                "compile, all logits": torch.compile(
-                    lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t, reduction="sum")
-                ),
-            },
-        ),
-    }
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as LigerLoss
-        from liger_kernel.ops.rope import LigerRopeFunction
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-        from liger_kernel.transformers.functional import liger_fused_add_rms_norm
-
-        H, G, D = c.n_head, c.n_query_groups, c.head_size
-
-        def liger_rope(qkv):
-            q, k, v = qkv.split((H * D, G * D, G * D), -1)
-            q, k, v = (t.view(*t.shape[:2], -1, D).transpose(1, 2) for t in (q, k, v))
-            both = torch.cat((cos, cos), -1)[None].to(q.dtype), torch.cat((sin, sin), -1)[None].to(q.dtype)
-            return *LigerRopeFunction.apply(q, k, *both), v
-
-        operations["add + rms_norm"][3]["Liger"] = lambda x, d, w: liger_fused_add_rms_norm(x, d, w, 1e-5)
-        operations["split + rope"][3]["Liger"] = liger_rope
-        operations["swiglu"][3]["Liger, output not again"] = lambda gu: LigerSiLUMulFunction.apply(*gu.split(W, -1))
-        operations["linear cross-entropy"][3]["Liger"] = lambda h, w, t: LigerLoss.apply(
-            h, w, t, None, None, -100, 0.0, 0.0, "sum"
-        )[0]
-    except ImportError as e:
-        print(f"no Liger: {e}")
-
-    rows = []
-    for operation, (inputs, forward_bytes, backward_bytes, functions) in operations.items():
-        functions.setdefault("compile", torch.compile(functions["torch"]))
-        for name, function in functions.items():
-            tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
-            try:
-                outputs = function(*tensors)
-                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-                grads = [torch.randn_like(o) if o.dim() else None for o in outputs]
-                forward, both = forward_and_both_s(function, tensors, grads)
-                memory = extra_memory(function, tensors, grads)
-            except Exception as e:  # a foreign package may refuse a shape; the others still count
-                rows.append({"operation": operation, "by": name, "forward us": f"{type(e).__name__}: {e}"[:80]})
-                continue
-            row = {"operation": operation, "by": name}
-            if forward_bytes:
-                row |= {"forward us": round(1e6 * forward, 1), "backward us": round(1e6 * (both - forward), 1)}
-                row["forward % of copy"] = round(100 * forward_bytes / forward / bandwidth, 1)
-                row["backward % of copy"] = round(100 * backward_bytes / (both - forward) / bandwidth, 1)
-            # Losses differ in which of the two computes the gradients, so of them this alone can be compared.
-            row["both us"] = round(1e6 * both, 1)
-            row["GB"] = round(memory / 1e9, 2)
-            rows.append(row)
-            print(row, flush=True)
-    report(rows, json)
-
-
-def attention(json: Path | None = None) -> None:
-    """Every backend that works here, forward + backward, causal, 4 key/value heads, in µs per token and layer.
-
-    Args:
-        json: write the rows to this file as well.
-    """
-    device = torch.device("cuda")
-    rows = []
-    for T, H, D in ((2048, 32, 64), (2048, 16, 128), (4096, 32, 64), (4096, 20, 128)):
-        shapes = ((32768 // T, T, H, D), (32768 // T, T, 4, D), (32768 // T, T, 4, D))
-        q, k, v = (torch.randn(s, device=device, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
-        grad = torch.randn_like(q)
-        exact = reference_attention(q[:1].float(), k[:1].float(), v[:1].float())
-        for name in ATTENTIONS:
-            row = {"T": T, "heads": f"{H} x {D}", "backend": name}
-            problem = usable(name, device, torch.bfloat16)
-            if problem or name in ("math", "torch"):
-                if T == 2048 and H == 32 and problem:
-                    print(f"{name}: {problem}")
-                continue
-            backend = load(name)
-            forward, both = forward_and_both_s(backend, (q, k, v), (grad,))
-            error = (backend(q, k, v)[:1] - exact).norm() / exact.norm()
-            numbers = {
-                "forward": forward * 1e6 / 32768,
-                "forward + backward": both * 1e6 / 32768,
-                "error": error.item(),
-            }
-            rows.append(row | {k: float(f"{n:.3g}") for k, n in numbers.items()})
-            print(rows[-1], flush=True)
-    report(rows, json)
-
-
-def median_s(function: Callable) -> float:
-    from triton.testing import do_bench
-
-    return do_bench(function, warmup=20, rep=80, return_mode="median") / 1e3
-
-
-def forward_and_both_s(function: Callable, inputs: tuple, grads: tuple) -> tuple[float, float]:
-    """Seconds of the forward, and of forward and backward."""
-    needs = [t for t in inputs if t.requires_grad]
-    both = device_s(lambda: torch.autograd.grad(as_tuple(function(*inputs)), needs, grads))
-    return device_s(lambda: function(*inputs)), both
-
-
-def extra_memory(function: Callable, inputs: tuple, grads: tuple) -> int:
-    """Bytes that forward and backward need at their peak beside the inputs, gradients of the inputs included."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.autograd.grad(as_tuple(function(*inputs)), [t for t in inputs if t.requires_grad], grads)
-    return torch.cuda.max_memory_allocated() - before
-
-
-def device_s(function: Callable, n: int = 10) -> float:
-    """Seconds that the device's kernels take in a call, mean of n: without the gaps between launches, which a training
-    step hides behind its GEMMs."""
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
-        for _ in range(n):
-            function()
-        torch.cuda.synchronize()
-    return sum(e.device_time_total for e in prof.key_averages()) / n / 1e6
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written in a second by a large copy."""
-    source = torch.empty(2**30, device=device, dtype=torch.int8)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_s(lambda: target.copy_(source))
-
-
-def as_tuple(outputs: torch.Tensor | tuple) -> tuple:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +269,8 @@ def plan(model: str = "tiny_LLaMA_1b", micro_batch_size: int = 8, recompute: boo
         recompute: compute each block's activations again in the backward.
     """
     config = Config.from_name(model)
+    if micro_batch_size < 1:
+        raise ValueError("--micro_batch_size must be at least 1")
     n_tokens = micro_batch_size * config.block_size
     for part, n_bytes in memory_plan(config, n_tokens, recompute).items():
         print(f"{part:<40}{n_bytes / 1e9:>8.2f} GB")
@@ -481,17 +281,6 @@ def plan(model: str = "tiny_LLaMA_1b", micro_batch_size: int = 8, recompute: boo
         n = largest_micro_batch(config, gpu.memory, recompute) // config.block_size
         again = largest_micro_batch(config, gpu.memory, recompute=True) // config.block_size
         print(f"{card:<16}micro-batch of {n} sequences, {again} with recomputation")
-
-
-def report(rows: list[dict], path: Path | None) -> None:
-    """The rows as a table, and as JSON if there is a path."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([str(row.get(c, "")) for c in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-    if path is not None:
-        path.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

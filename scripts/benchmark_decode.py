@@ -99,9 +99,7 @@ def decode(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    print(markdown_of(rows))
-    if json is not None:
-        json.write_text(dumps(rows, indent=1))
+    report(rows, json)
 
 
 def build(c: Config, kernels: str, device: torch.device, dtype: torch.dtype) -> GPT:
@@ -182,3 +180,10 @@ def copy_bandwidth(device: torch.device) -> float:
         synchronize()
         elapsed_s.append(time.perf_counter() - t0)
     return 2 * source.numel() / min(elapsed_s)
+
+
+def report(rows: list[dict], path: Path | None) -> None:
+    """The rows as a table, and as JSON if there is a path."""
+    print(markdown_of(rows))
+    if path is not None:
+        path.write_text(dumps(rows, indent=1))

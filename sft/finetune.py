@@ -507,7 +507,7 @@ def launch(args: FinetuneArgs) -> Fabric:
     torch.set_float32_matmul_precision("high")
     on_gpu = args.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
     if args.precision == "auto":
-        args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+        args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     bf16 = args.precision == "bf16"
 
     def shard(model: GPT, mesh) -> GPT:

@@ -4,9 +4,12 @@ Without a GPU, Triton's interpreter runs the same kernels on the CPU.
 """
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from lit_gpt.kernels import (
     IGNORE_INDEX,
     ComputeWeights,
     cross_entropy,
+    embedding,
     linear,
     rmsnorm,
     rope,
@@ -99,6 +103,9 @@ def test_rms_norm_alone_of_its_two_outputs_may_be_used(fused):
     x.grad = None
     rmsnorm.add_rms_norm(x, delta, w[0], 1e-5)[1].sum().backward()
     torch.testing.assert_close(ours, x.grad)
+    x.grad = delta.grad = None
+    fused.add_rms_norm(x, delta, w[0], 1e-5)[0].sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x)) and torch.equal(delta.grad, x.grad)
 
 
 @DTYPES
@@ -240,6 +247,27 @@ def test_extreme_logits_stay_finite(loss_function, logit):
     assert_matches(loss_function, exact_loss, inputs, torch.float32)
 
 
+def test_targets_may_have_a_stride_and_must_be_rows_of_the_head(fused):
+    hidden, weight, targets = randn(4, 8), randn(10, 8), torch.arange(8, device=DEVICE)
+    exact = cross_entropy.linear_cross_entropy(hidden, weight, targets[::2], "none")
+    torch.testing.assert_close(fused.linear_cross_entropy(hidden, weight, targets[::2], "none"), exact)
+    hidden.requires_grad_()
+    for wrong in (10, -1, 100_000):  # which the reference refuses
+        hidden.grad = None
+        loss = fused.linear_cross_entropy(hidden, weight, torch.tensor([0, wrong, 1, 2], device=DEVICE))
+        loss.backward()
+        assert loss.isnan() and hidden.grad[1].isnan().all() and not hidden.grad[[0, 2, 3]].isnan().any()
+
+
+def test_a_frozen_head_gets_no_gradient(fused, monkeypatch):
+    hidden, weight, targets = randn(13, 8).requires_grad_(), randn(10, 8), torch.arange(13, device=DEVICE) % 10
+    monkeypatch.setattr(fused, "mm_fp32", None)  # what would compute it
+    fused.linear_cross_entropy(hidden, weight, targets).backward()
+    ours, hidden.grad = hidden.grad, None
+    cross_entropy.linear_cross_entropy(hidden, weight, targets).backward()
+    torch.testing.assert_close(ours, hidden.grad)
+
+
 def test_a_batch_with_every_label_ignored_gives_zero(loss_function):
     hidden, weight = randn(4, 8).requires_grad_(), randn(10, 8).requires_grad_()
     loss = loss_function(hidden, weight, torch.full((4,), IGNORE_INDEX, device=DEVICE))
@@ -296,6 +324,14 @@ def test_gradients_accumulate_in_fp32_where_bf16_would_lose_them():
         linear(x, model.a).sum().backward()  # in bf16, 256 + 1 is 256
     assert model.a.grad.dtype == torch.float32
     assert model.a.grad[0, 0].item() == 264
+
+
+def test_gradients_of_equal_ids_are_summed_in_fp32():
+    model = torch.nn.Module()
+    model.a = torch.nn.Parameter(torch.zeros(2, 8, device=DEVICE))
+    ComputeWeights(model, torch.bfloat16).refresh()
+    embedding(torch.zeros(1, 3000, dtype=torch.long, device=DEVICE), model.a).sum().backward()
+    assert model.a.grad[0, 0].item() == pytest.approx(3000, rel=4e-3)  # summed in bf16 it is 256
 
 
 class MLP(torch.nn.Module):
@@ -448,6 +484,46 @@ def test_selection_falls_back_and_says_so():
     selected = select_kernels("auto", device=torch.device("cpu"), dtype=torch.float32)
     assert selected.attention is attention and not selected.compile_blocks
     assert "fa4 needs a CUDA GPU" in selected.table() and "triton needs a CUDA GPU" in selected.table()
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, works, options, attends, rest",
+    [
+        ((9, 0), "bfloat16", NAMES, {}, "fa4", "quack"),
+        ((9, 0), "bfloat16", NAMES, {"fp8": True}, "fa4", "triton"),
+        ((9, 0), "bfloat16", NAMES, {"training": False}, "cudnn", "triton"),
+        ((9, 0), "bfloat16", ("flash", "fa2", "cudnn", "efficient"), {}, "cudnn", "quack"),
+        ((9, 0), "float32", ("efficient",), {}, "efficient", "triton"),
+        ((8, 0), "bfloat16", ("flash", "fa2", "efficient"), {}, "fa2", "triton"),
+        ((8, 0), "bfloat16", ("flash", "efficient"), {}, "flash", "triton"),
+        ((7, 0), "float16", ("efficient",), {}, "efficient", "triton"),
+        ((7, 0), "float32", ("efficient",), {}, "efficient", "triton"),
+        ((6, 1), "float32", (), {}, "torch", "torch"),
+    ],
+)
+def test_auto_takes_the_fastest_that_works(fused, monkeypatch, capability, dtype, works, options, attends, rest):
+    """What measurements said, for an H100, an A100, a V100 and older, pretended ones."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(kernels, "_compile_ahead", lambda *_: None)
+    monkeypatch.setattr(kernels._attention, "usable", lambda name, *_: "" if name in (*works, "torch") else "fails")
+    monkeypatch.setattr(kernels._attention, "load", lambda name: name)
+    quack_mlp = types.SimpleNamespace(calls=lambda _: [], swiglu_mlp="quack")
+    monkeypatch.setitem(sys.modules, "lit_gpt.kernels.quack_mlp", quack_mlp)
+    monkeypatch.setattr(kernels, "quack_mlp", quack_mlp, raising=False)
+    selected = select_kernels("auto", device=torch.device("cuda"), dtype=getattr(torch, dtype), **options)
+    chosen = {operation: backend for operation, backend, _ in selected.choices}
+    assert chosen["attention"] == selected.attention == attends
+    assert chosen["swiglu_mlp"] == rest
+    assert chosen["rms_norm"] == ("triton" if rest == "quack" else rest)
+    assert (selected.rms_norm is fused.rms_norm) == (rest != "torch")
+    assert (selected.swiglu_mlp == "quack") == (rest == "quack")
+
+
+@pytest.mark.parametrize("script", ["pretrain/tinyllama.py", "sft/finetune.py"])
+def test_a_gpu_that_only_emulates_bf16_is_not_given_it(script):
+    """torch.cuda.is_bf16_supported() alone is True on a V100."""
+    calls = re.findall(r"is_bf16_supported\((.*?)\)", (Path(__file__).parents[1] / script).read_text())
+    assert calls == ["including_emulation=False"]
 
 
 def test_a_backend_that_was_named_must_work():

@@ -71,10 +71,10 @@ def select_kernels(
     """The backends named, or for `auto` the fastest that work on this device and dtype.
 
     Args:
-        name: "auto"; or one for attention (fa4, fa2, cudnn, flash, xformers, math, torch), one for the rest (triton;
-            quack: triton, and SwiGLU inside quack-kernels' GEMMs; torch; compile: torch's, fused by block.compile()),
-            or both joined by a plus, as "triton+cudnn". What is not named is chosen as by "auto", except that "torch"
-            alone means the references throughout.
+        name: "auto"; or one for attention (fa4, fa2, cudnn, flash, efficient, xformers, math, torch), one for the rest
+            (triton; quack: triton, and SwiGLU inside quack-kernels' GEMMs; flash_attn: flash-attn's Triton kernels;
+            torch; compile: torch's, fused by block.compile()), or both joined by a plus, as "triton+cudnn". What is not
+            named is chosen as by "auto", except that "torch" alone means the references throughout.
         heads: query heads, key/value heads and head size, for which attention must work. Packages that compile their
             kernels do so here: give the model's own, or they will again at the first step.
         fp8: the model will train in fp8, which has a SwiGLU of its own (kernels/fp8.py): `auto` does without quack.
@@ -84,7 +84,7 @@ def select_kernels(
         ValueError: an unknown name, or a backend that cannot run on this device and dtype.
         ImportError: a backend that was asked for by name is not installed; the message holds the install command.
     """
-    rest_names = ("quack", "triton", "compile", "torch")
+    rest_names = ("quack", "triton", "flash_attn", "compile", "torch")
     attention_name = rest_name = "auto"
     for part in name.split("+"):
         if part in rest_names and rest_name == "auto":
@@ -99,7 +99,7 @@ def select_kernels(
 
     # By measurement on an H100.
     rest_order = ("quack", "triton", "torch") if training and not fp8 else ("triton", "torch")
-    order = ("fa4", "cudnn", "fa2", "flash", "torch")[0 if training else 1 :]
+    order = ("fa4", "cudnn", "fa2", "flash", "efficient", "torch")[0 if training else 1 :]
     first = [
         order[0] if attention_name == "auto" else attention_name,
         rest_order[0] if rest_name == "auto" else rest_name,
@@ -110,6 +110,10 @@ def select_kernels(
     attend, why_attend = _choose(attention_name, order, lambda n: _attention.usable(n, device, dtype, heads))
     functions = {"attention": _attention.load(attend)}
     backends = dict.fromkeys(ELEMENTWISE, rest)
+    if rest == "flash_attn":
+        from lit_gpt.kernels import flash_attn_ops
+
+        functions |= {op: getattr(flash_attn_ops, op) for op in ELEMENTWISE}
     if rest in ("triton", "quack"):
         from lit_gpt.kernels import decode, fused
 
@@ -170,6 +174,12 @@ def _usable(name: str, device: torch.device, dtype: torch.dtype) -> str:
         return "needs a CUDA GPU"
     if importlib.util.find_spec("triton") is None:
         return "not installed: pip install triton"
+    if name == "flash_attn":
+        try:
+            from lit_gpt.kernels import flash_attn_ops  # noqa: F401
+        except ImportError as e:
+            return f"not installed: {_attention.INSTALL['fa2']} ({e})"
+        return ""
     capability = torch.cuda.get_device_capability(device)
     if name != "quack":
         return "" if capability >= (7, 0) else "needs compute capability 7.0"

@@ -5,6 +5,7 @@ B batch, T query positions, S key positions, H query heads, G key/value heads (H
 
 import functools
 import importlib.util
+import inspect
 import logging
 import os
 import sys
@@ -81,16 +82,23 @@ def sdpa(backend: SDPBackend) -> Callable:
 
     @functools.wraps(attention)
     def forced(q, k, v, mask=None, cu_seqlens=None):
-        if mask is not None or cu_seqlens is not None:  # only some backends take a mask: torch chooses
-            return attention(q, k, v, mask, cu_seqlens)
+        if mask is not None:  # of a cache: torch chooses
+            return attention(q, k, v, mask)
+        if backend == SDPBackend.EFFICIENT_ATTENTION:
+            k, v = repeat_heads(q, k, v)
         with sdpa_kernel(backend):
-            return attention(q, k, v)
+            return attention(q, k, v, None, cu_seqlens)
 
     return forced
 
 
+def repeat_heads(q: torch.Tensor, *kv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """k and v (..., G, D) with as many heads as q, for what takes no groups, or not in its backward."""
+    return tuple(x.repeat_interleave(q.size(-2) // x.size(-2), -2) for x in kv)
+
+
 def flash_package(causal: Callable, varlen: Callable) -> Callable:
-    """`attention` through a flash-attn package, whose kernels know causal and document masks, but no others."""
+    """`attention` through kernels that know causal and document masks, but no others."""
 
     @functools.wraps(attention)
     def flash(q, k, v, mask=None, cu_seqlens=None):
@@ -107,9 +115,20 @@ def flash_package(causal: Callable, varlen: Callable) -> Callable:
 
 def load(name: str) -> Callable:
     """The attention called `name`. Raises ImportError if its package is missing."""
-    if name in ("cudnn", "flash", "math"):
-        names = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
-        return sdpa(names[name])
+    if name in ("efficient", "math"):
+        return sdpa(SDPBackend.EFFICIENT_ATTENTION if name == "efficient" else SDPBackend.MATH)
+    if name in ("cudnn", "flash"):
+        from torch.nn.attention.varlen import varlen_attn
+
+        takes_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.13
+
+        def varlen(q, k, v, cu, longest):  # flash for both names: PyTorch calls cuDNN with no documents
+            k, v = (k, v) if takes_groups else repeat_heads(q, k, v)
+            grouped = {"enable_gqa": True} if takes_groups else {}
+            return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **grouped)
+
+        backend = SDPBackend.CUDNN_ATTENTION if name == "cudnn" else SDPBackend.FLASH_ATTENTION
+        return flash_package(sdpa(backend), varlen)
     if name == "fa4":
         # Kernels are compiled at their first use; kept on the disk, only at the first on this machine.
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
@@ -133,9 +152,8 @@ def load(name: str) -> Callable:
     if name == "xformers":
         memory_efficient, Causal, CausalDocuments = _xformers()
 
-        def repeated(q, k, v, mask):  # no backward of its takes grouped heads
-            k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
-            return memory_efficient(q, k, v, mask)
+        def repeated(q, k, v, mask):
+            return memory_efficient(q, *repeat_heads(q, k, v), mask)
 
         def varlen(q, k, v, cu, longest):
             lengths = cu.unique().diff().tolist()  # waits for the device: it wants to know them on the host, too
@@ -170,7 +188,7 @@ def _first(result: torch.Tensor | tuple) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result  # versions differ in whether the log-sum-exp comes along
 
 
-NAMES = ("fa4", "fa2", "cudnn", "flash", "xformers", "math", "torch")
+NAMES = ("fa4", "fa2", "cudnn", "flash", "efficient", "xformers", "math", "torch")
 
 
 def usable(name: str, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int] = (4, 2, 64)) -> str:

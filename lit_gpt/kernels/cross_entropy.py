@@ -3,6 +3,8 @@
 N tokens, C width, V rows of the head.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -12,8 +14,21 @@ IGNORE_INDEX = -100  # a target of this value contributes neither loss nor gradi
 CHUNK = 8192  # tokens whose logits exist at a time
 
 
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, z_loss: float) -> torch.Tensor:
+    """The loss of each row, (N,) fp32, for logits (N, V) in any dtype: the last step of `linear_cross_entropy`."""
+    logits, valid = logits.float(), targets != IGNORE_INDEX
+    lse = logits.logsumexp(-1)
+    loss = lse - logits.gather(-1, targets.where(valid, 0)[:, None])[:, 0] + z_loss * lse.square()
+    return loss.where(valid, 0.0)
+
+
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str = "sum", z_loss: float = 0.0
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    reduction: str = "sum",
+    z_loss: float = 0.0,
+    row_losses: Callable = cross_entropy,
 ) -> torch.Tensor:
     """Cross-entropy of targets under softmax(hidden @ weightᵀ), from the hidden states before the head.
 
@@ -26,17 +41,14 @@ def linear_cross_entropy(
         reduction: "sum" (a scalar) or "none" (N,). There is no mean: see GPT.forward.
         z_loss: adds z_loss · log²(Σ exp(logits)) to each token's loss, which keeps logits from drifting (PaLM,
             arXiv:2204.02311, section 5).
+        row_losses: what computes the loss of each row of logits.
 
     Returns:
         fp32 loss in nats, zero for ignored targets.
     """
 
     def chunk_loss(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        logits = linear(h, weight).float()
-        valid = t != IGNORE_INDEX
-        lse = logits.logsumexp(-1)
-        loss = lse - logits.gather(-1, t.where(valid, 0)[:, None])[:, 0] + z_loss * lse.square()
-        loss = loss.where(valid, 0.0)
+        loss = row_losses(linear(h, weight), t, z_loss)
         return loss.sum() if reduction == "sum" else loss
 
     if len(hidden) == 0:

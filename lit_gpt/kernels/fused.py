@@ -59,6 +59,8 @@ class _AddRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_total, dy):
         total, weight = ctx.saved_tensors
+        if dy is None:  # the sum alone was used
+            return d_total, d_total, None, None
         dx, d_weight = norm_backward(total, weight, dy, d_total, ctx.eps)
         return dx, dx if ctx.add else None, d_weight, None
 
@@ -368,9 +370,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for logits, h, out, t in _chunks(hidden, weight, loss, targets):
             _softmax_grad(logits, t, out, z_loss, with_grad=True)
             torch.mm(logits, compute(weight), out=d_hidden[begin : begin + len(h)])
-            if d_weight is None:
+            if weight.requires_grad and d_weight is None:
                 d_weight = mm_fp32(logits.T, h)
-            else:
+            elif weight.requires_grad:
                 add_mm_fp32_(d_weight, logits.T, h)
             begin += len(h)
             del logits  # before the next chunk's are made
@@ -385,7 +387,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # By a vector of one element: a scalar's fp32 would be rounded to bf16 first, and every gradient be off by it.
         d_hidden = torch.mul(d_hidden, d_loss.view(1), out=torch.empty_like(d_hidden))
         weight = ctx.weight
-        if d_weight is None or not weight.requires_grad:
+        if d_weight is None:
             return d_hidden, None, None, None
         if hasattr(weight, "compute") and weight.grad is not None:
             weight.grad.addcmul_(d_weight, d_loss)
@@ -395,7 +397,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunks(hidden, weight, loss, targets):
     size = reference.CHUNK
-    for h, out, t in zip(hidden.split(size), loss.split(size), targets.split(size), strict=True):
+    for h, out, t in zip(hidden.split(size), loss.split(size), targets.contiguous().split(size), strict=True):
         if len(h):
             yield h @ compute(weight).T, h, out, t
 
@@ -423,7 +425,8 @@ def _cross_entropy(
             for begin in range(0, V, BLOCK):
                 tl.store(row + begin + c, tl.zeros((BLOCK,), logits.dtype.element_ty), begin + c < V)
         return
-    at_target = tl.load(row + target).to(tl.float32)  # here, since the reductions' barriers precede the overwriting
+    # Here, since the reductions' barriers precede the overwriting. A target outside of [0, V) makes the row NaN.
+    at_target = tl.load(row + target, (target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     top = float("-inf")
     total = 0.0
     for begin in range(0, V, BLOCK):
@@ -434,7 +437,7 @@ def _cross_entropy(
     lse = top + tl.log(total)
     tl.store(loss + n, lse - at_target + z_loss * lse * lse)
     if GRAD:
-        factor = 1 + 2 * z_loss * lse
+        factor = 1 + 2 * z_loss * lse + 0 * at_target
         for begin in range(0, V, BLOCK):
             x = tl.load(row + begin + c, begin + c < V, other=float("-inf")).to(tl.float32)
             grad = tl.exp(x - lse) * factor - tl.where(begin + c == target, 1.0, 0.0)

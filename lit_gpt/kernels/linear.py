@@ -103,6 +103,7 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (idx,) = ctx.saved_tensors
+        dy = dy if dy.is_cuda else dy.float()  # a GPU sums over equal ids in fp32 anyway; in bf16 300 would be too many
         dw = torch.ops.aten.embedding_dense_backward(dy, idx, ctx.weight.size(0), -1, False)
         return None, dw.float()
 
