@@ -57,6 +57,7 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         reduction: str = "sum",
+        z_loss: float = 0.0,
         logits_at: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits, or the loss where targets are given.
@@ -70,6 +71,7 @@ class GPT(nn.Module):
                 token then sees its own document only. Not together with a cache.
             reduction: "sum", or "none" for the loss of every token, (B, T), zero where ignored. Nothing here divides:
                 a batch is spread over micro-batches and ranks, and only the caller knows its number of valid targets.
+            z_loss: weight of log²Z in the loss, see kernels/cross_entropy.py.
             logits_at: (N,) of the B·T tokens laid end to end, to compute these logits alone, (N, V), or the loss of
                 these alone.
 
@@ -109,7 +111,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x)
         loss = self.kernels.linear_cross_entropy(
-            x.flatten(0, -2), self.lm_head.weight, targets.flatten(), reduction=reduction
+            x.flatten(0, -2), self.lm_head.weight, targets.flatten(), reduction=reduction, z_loss=z_loss
         )
         return loss if reduction == "sum" else loss.view_as(targets)
 

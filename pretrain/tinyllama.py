@@ -122,6 +122,9 @@ class TrainArgs:
     """AdamW's decay of the gradient's square."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient."""
+    z_loss: float = 0.0
+    """Weight of log²Z in the training loss, which keeps the logits from drifting (PaLM's was 1e-4); losses that are
+    printed while training contain it, validation losses do not."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a step whose loss or gradient is not finite: end the run, or drop that step and go on."""
     spike: Literal["off", "stop", "skip"] = "off"
@@ -194,7 +197,7 @@ class TrainArgs:
         positive = ("global_batch_tokens", "micro_batch_size", "max_tokens", "max_steps", "max_epochs", "stop_at_step")
         positive += ("grad_clip", "num_nodes", "shard_devices", "profile_step", "eval_sequences", "eval_limit")
         positive += ("log_interval", "eval_interval", "save_interval")
-        not_negative = ("warmup_steps", "decay_steps", "weight_decay", "num_workers", "keep_checkpoints")
+        not_negative = ("warmup_steps", "decay_steps", "weight_decay", "z_loss", "num_workers", "keep_checkpoints")
         not_negative += ("permanent_interval",)
         check_flags(self, positive, not_negative)
 
@@ -434,7 +437,7 @@ def train(
         loss_sum = torch.zeros((), device=fabric.device)
         for i, batch in enumerate(micro_batches):
             with fabric.no_backward_sync(model, enabled=i < len(micro_batches) - 1) if fsdp else nullcontext():
-                loss = forward(model, fabric.to_device(batch))
+                loss = forward(model, fabric.to_device(batch), args.z_loss)
                 fabric.backward(loss * scale)
             loss_sum += loss.detach()
         if isinstance(weights, ShardedWeights):
@@ -591,10 +594,10 @@ def validate(fabric: Fabric, model: torch.nn.Module, val_set: ValidationSet, mic
     return loss / n_targets
 
 
-def forward(model: torch.nn.Module, batch: torch.Tensor | DocumentBatch) -> torch.Tensor:
+def forward(model: torch.nn.Module, batch: torch.Tensor | DocumentBatch, z_loss: float = 0.0) -> torch.Tensor:
     """Loss summed over the targets of a batch; with documents, each sees itself alone."""
     tokens, cu_seqlens = (batch.tokens, batch.cu_seqlens) if isinstance(batch, DocumentBatch) else (batch, None)
-    return model(tokens[:, :-1].clamp(min=0), targets_of(batch), cu_seqlens=cu_seqlens)
+    return model(tokens[:, :-1].clamp(min=0), targets_of(batch), cu_seqlens=cu_seqlens, z_loss=z_loss)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

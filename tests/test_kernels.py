@@ -418,6 +418,31 @@ def test_backends_are_found_where_gradients_are_switched_off():
 
 
 @pytest.mark.gpu
+def test_auto_is_not_the_reference_here():
+    selected = select_kernels("auto", device=DEVICE, dtype=torch.float32, heads=(8, 2, 64))
+    backends = {operation: backend for operation, backend, _ in selected.choices}
+    assert backends["attention"] != "torch" and backends["rms_norm"] == "triton"
+
+
+@pytest.mark.gpu
+@DTYPES
+def test_flash_attns_own_kernels(dtype):
+    ops = pytest.importorskip("lit_gpt.kernels.flash_attn_ops", exc_type=ImportError)
+    x, delta, weight = randn(3, 5, 96), randn(3, 5, 96, seed=1), 1 + 0.3 * randn(96)
+    assert_matches(lambda *a: ops.rms_norm(*a, 1e-5), lambda *a: rmsnorm.rms_norm(*a, 1e-5), [x, weight], dtype)
+    both = (lambda *a: ops.add_rms_norm(*a, 1e-5)), (lambda *a: rmsnorm.add_rms_norm(*a, 1e-5))
+    assert_matches(*both, [x, delta, weight], dtype)
+    cos, sin = rope.rope_tables(Config(head_size=16), 9, DEVICE)
+    both = (lambda a: ops.split_rope(a, cos, sin, 2, 16)), (lambda a: rope.split_rope(a, cos, sin, 2, 16))
+    assert_matches(*both, [randn(2, 9, 8 * 16)], dtype)
+    weights = [randn(40, 96) / 10, randn(40, 96, seed=1) / 10, randn(96, 40) / 10]
+    assert_matches(ops.swiglu_mlp, swiglu.swiglu_mlp, [x, *weights], dtype)
+    targets = torch.tensor([0, 96, IGNORE_INDEX, 3, 3], device=DEVICE)
+    inputs = [randn(5, 16), randn(97, 16), targets, "sum", 1e-2]
+    assert_matches(ops.linear_cross_entropy, cross_entropy.linear_cross_entropy, inputs, dtype)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("D", [64, 128])
 def test_attention_backends(name, D):

@@ -168,6 +168,17 @@ class TestInOneProcess:
                 total += model(piece[:, :-1], piece[:, 1:]).item()
         assert row["val_loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
 
+    def test_z_loss_is_in_the_training_loss_alone(self, flags):
+        plain, with_z = (
+            read_metrics(
+                train(flags, max_steps=1, warmup_steps=1, learning_rate=0.0, min_lr=0.0, **more) / "metrics.csv"
+            )
+            for more in ({}, dict(z_loss=1e-2, name="z"))
+        )
+        log_z_squared = (with_z[0]["loss"] - plain[0]["loss"]) / 1e-2
+        assert log_z_squared == pytest.approx(plain[0]["loss"] ** 2, rel=0.1)  # before it has learned anything
+        assert with_z[-1]["val_loss"] == pytest.approx(plain[-1]["val_loss"], rel=1e-6)
+
     def test_several_validation_sets_are_reported_apart(self, flags):
         rows = read_metrics(train(flags, val_prefixes=["validation", "train_star"], max_steps=3) / "metrics.csv")
         [row] = [row for row in rows if "val_loss" in row]

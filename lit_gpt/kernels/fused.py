@@ -171,6 +171,9 @@ def split_rope(
 
 
 class _SplitRope(torch.autograd.Function):
+    """Not in place: q, k and v leave for tensors of their own in the same pass, so that nothing is moved twice, and qkv
+    is free after it."""
+
     @staticmethod
     def forward(ctx, qkv, cos, sin, G, D):
         B, T, width = qkv.shape

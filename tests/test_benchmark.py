@@ -1,0 +1,63 @@
+"""scripts/benchmark.py on a CPU: a row for each combination, failures told, mistakes named before anything is timed."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return runpy.run_path(str(SCRIPTS / "benchmark.py"))
+
+
+def test_every_combination_is_a_row_and_a_failed_one_costs_no_other(benchmark, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    with pytest.raises(ValueError, match="^quack: kernels 'quack': needs a CUDA GPU; nosuch: unknown kernels 'nosuch'"):
+        benchmark["step"](
+            "tiny_LLaMA_demo", ["quack", "nosuch", "torch"], [1, 2], 2, steps=1, precision="fp32", json=path
+        )
+    rows = json.loads(path.read_text())
+    assert [(row["kernels"], row["tokens"]) for row in rows] == [
+        (name, tokens) for name in ("quack", "nosuch", "torch") for tokens in (256, 512)
+    ]
+    assert [row["tokens/s"] == "failed" for row in rows] == [True] * 4 + [False] * 2
+    assert all(row["tokens/s"] > 0 and row["first step s"] > 0 and row["MFU %"] is None for row in rows[4:])
+    assert "| tiny_LLaMA_demo | torch | fp32 | 512 | 2 |" in capsys.readouterr().out
+
+
+def test_plan_prints_parts_and_cards(benchmark, capsys):
+    benchmark["plan"]("tiny_LLaMA_1b", 8)
+    out = capsys.readouterr().out
+    assert "total at 16,384 tokens" in out and "A100-40G        micro-batch of 8 sequences" in out
+
+
+@pytest.mark.parametrize(
+    "command, arguments, message",
+    [
+        ("step", dict(peer="nanogpt"), "--peer nanogpt: known are litgpt, "),
+        ("step", dict(precision=["bf16", "fp16"]), "--precision fp16: known are bf16, fp8, fp32"),
+        (
+            "step",
+            dict(peer="litgpt", model="tinyllama3_2b"),
+            "--peer litgpt: .* only tiny_LLaMA_1b .* not tinyllama3_2b",
+        ),
+        ("step", dict(peer=["hf"], model="pythia-160m"), "--peer hf and hf-liger are Llama models, pythia-160m is not"),
+        ("step", dict(steps=0), "--steps must be at least 1"),
+        ("step", dict(accumulation=0), "--accumulation and"),
+        ("step", dict(memory_limit_gb=23.0), "--memory_limit_gb needs a GPU"),
+        ("step", dict(profile=True), "--profile needs a GPU"),
+        ("plan", dict(micro_batch_size=-3), "--micro_batch_size must be at least 1"),
+        ("kernels", dict(), "kernels needs a GPU"),
+        ("attention", dict(), "attention needs a GPU"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_timed(benchmark, monkeypatch, command, arguments, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(benchmark[command].__globals__, "time_step", None)
+    with pytest.raises(ValueError, match=message):
+        benchmark[command](**arguments)
