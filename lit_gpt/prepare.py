@@ -403,6 +403,8 @@ def prepare(args: PrepareArgs, prefix: str, patterns: list[str], fields: Fields)
     Raises: FileNotFoundError for missing files; ValueError for input that cannot be read, or a tokenizer, delimiters
     or sources that are not those of the earlier run; ChildProcessError when a worker dies.
     """
+    if not prefix or "/" in prefix:
+        raise ValueError(f"--prefix {prefix!r}: files in --destination_path begin with it; give it letters, and no /")
     paths = select_files(args, patterns)
     if args.shard_count > 1:
         prefix = f"{prefix}_{args.shard_index:05d}"
@@ -532,7 +534,7 @@ class Output:
     def resume(self) -> bool:
         """Take up what an earlier run left. Returns: whether it was complete.
 
-        Raises: ValueError if the earlier run was about other input, or if its shards are gone or changed.
+        Raises: ValueError if the earlier run made shards of other input, or if its shards are gone or changed.
         """
         earlier = read_manifest(self.directory, self.manifest.prefix)
         if earlier is None:
@@ -541,7 +543,8 @@ class Output:
             self._journal.truncate(0)
         else:
             entries = self._read_journal()
-            self._compare(earlier)
+            if earlier.complete or entries or self._shard_files():  # else nothing is there that could differ
+                self._compare(earlier)
             for entry in entries:
                 self._account(entry)
             for shard in (earlier if earlier.complete else self.manifest).shards:

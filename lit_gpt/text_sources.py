@@ -13,10 +13,11 @@ import math
 import operator
 import os
 import re
+import textwrap
 import zlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -373,9 +374,11 @@ def _parse_carefully(row: int, line: bytes, unit: Unit, fields: Fields, record_t
     """Python's own parser takes what the fast one does not (NaN, a byte order mark), and says better what is wrong."""
     import msgspec
 
+    record = None
     try:
+        record = json.loads(line.decode("utf-8-sig", "surrogateescape"))
         # What is broken outside of the fields that are asked for does no harm, here as in the fast parser.
-        values = get(msgspec.convert(json.loads(line.decode("utf-8-sig", "surrogateescape")), record_type))
+        values = get(msgspec.convert(record, record_type))
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         try:
@@ -384,9 +387,20 @@ def _parse_carefully(row: int, line: bytes, unit: Unit, fields: Fields, record_t
         except UnicodeDecodeError as error:
             unit.bad.append((row, str(error)))
     except (ValueError, RecursionError) as error:
-        unit.bad.append((row, str(error)))
+        missing = isinstance(record, dict) and _missing(fields, record)
+        unit.bad.append((row, missing or str(error)))
     else:
         unit.add(row, values, fields)
+
+
+def _missing(fields: Fields, names: Collection[str]) -> str | None:
+    """What to say when one of the fields is not among the names that a record, or a table, has."""
+    missing = next((key for key in fields.keys() if key.split(".")[0] not in names), None)
+    if missing is None:
+        return None
+    there = textwrap.shorten(", ".join(map(repr, names)), 200, placeholder=" ...") or "none"
+    hint = " (name the text's with prepare_dataset.py --text_key)" if missing == fields.text else ""
+    return f"no field {missing!r}; there are {there}{hint}"
 
 
 def _record_type(fields: Fields) -> tuple[type, Callable[[Any], tuple]]:
@@ -469,8 +483,8 @@ class _Table:
         import pyarrow
 
         keys = fields.keys()
-        if missing := [key for key in keys if key.split(".")[0] not in self._file.columns]:
-            raise UnreadableFile(f"no column {missing[0]!r}; there are {', '.join(self._file.columns)}")
+        if missing := _missing(fields, self._file.columns):
+            raise UnreadableFile(missing)
         # Small batches keep the memory small when a file is one huge row group.
         for batch in self._file.batches(start, keys, max(1, min(self._rows_per_unit() // 8, 4096))):
             table = pyarrow.Table.from_batches([batch])

@@ -424,7 +424,7 @@ def test_a_bad_line_stops_the_run_or_is_listed(tokenizer_path, tmp_path, small_u
     make_corpus(source)
     break_corpus(source)
     for processes in (1, 2):
-        with pytest.raises(ValueError, match=r"example_train_2.jsonl.zst, line 3: .*`meta`.* \(and 1 more near it\)"):
+        with pytest.raises(ValueError, match=r"example_train_2.jsonl.zst, line 3: .*; there are 'text' \(and 1 more near it\)"):
             run(source, tokenizer_path, tmp_path / "out", processes=processes)
         assert not read_manifest(tmp_path / "out", "train_slimpajama").complete
     manifest = run(source, tokenizer_path, tmp_path / "out", on_error="skip")
@@ -447,6 +447,32 @@ def test_a_file_that_stopped_the_run_may_be_mended(tokenizer_path, tmp_path, sma
     run(source, tokenizer_path, tmp_path / "out")
     run(source, tokenizer_path, tmp_path / "straight")
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_what_stopped_before_the_first_shard_may_be_corrected(tokenizer_path, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in "ab":
+        (source / f"{name}.jsonl").write_text('{"content": "of the fox"}\n')
+    (source / "c.jsonl").write_text("not json\n")
+    corpus = (source, tokenizer_path, tmp_path / "out", "mine", ["*.jsonl"])
+    with pytest.raises(ValueError, match="a.jsonl, line 1: no field 'text'; there are 'content' .*--text_key"):
+        run(*corpus, Fields())
+    with pytest.raises(ValueError, match="c.jsonl, line 1"):
+        run(*corpus, Fields("content"))
+    (source / "c.jsonl").unlink()
+    manifest = run(*corpus, Fields("content"), delimiters="eos")
+    assert manifest.documents == 2 and "stopped_at" not in manifest.extra
+    with pytest.raises(ValueError, match="begun with delimiters eos"):
+        run(*corpus, Fields("content"))
+
+
+@pytest.mark.parametrize("prefix", ["", "../other", "/tmp/other", "other/"])
+def test_a_prefix_stays_in_the_folder(tokenizer_path, tmp_path, prefix):
+    (tmp_path / "a.txt").write_text("hi")
+    with pytest.raises(ValueError, match="--prefix '.*no /"):
+        run(tmp_path / "a.txt", tokenizer_path, tmp_path / "out", prefix, fields=Fields())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_no_document_leaves_nothing_behind(tokenizer_path, tmp_path):

@@ -96,7 +96,9 @@ def test_filters_subsets_and_nested_keys(tmp_path):
 
 BAD_LINES = {
     b'{"text": "cut': "truncated|Unterminated",
-    b'{"txt": "a"}': "missing required field `text`",
+    b'{"txt": "a", "n": 1}': "no field 'text'; there are 'txt', 'n' (name the text",
+    b"{}": "there are none",
+    b'{"meta": 1, "\\ud800\\n": "a"}': "lone surrogate",
     b'{"text": 7}': "Expected `str`, got `int`",
     b'{"text": null}': "Expected `str`, got `null`",
     b'["text"]': "Expected `object`, got `array`",
@@ -118,6 +120,16 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line):
     ((row, why),) = unit.bad
     assert row == 2
     assert any(part in why for part in BAD_LINES[line].split("|")), why
+
+
+def test_a_missing_field_of_metadata_is_not_taken_for_the_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": "a", "' + b"k" * 300 + b'": 1}\n{"text": "a", "meta": {"x": 1}}')
+    (unit,) = read_all(path, Fields("text", (Filter.parse("meta.set=a"),)))
+    assert unit.bad[0] == (0, "no field 'meta.set'; there are 'text', ...")
+    assert "missing required field `set`" in unit.bad[1][1]
+    path.write_bytes(b'{"meta": 1, "\\ud800\\n": 1}')
+    (unit,) = read_all(path, Fields("text", (Filter.parse("meta.set=a"),)))
+    assert r"there are 'meta', '\ud800\n' (" in unit.bad[0][1]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_error(tmp_path):
@@ -159,7 +171,8 @@ def test_parquet_without_the_column_or_with_other_types(tmp_path):
     table = pyarrow.table({"content": ["a", None, "b"], "n": [1, 2, 3]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     (unit,) = read_all(tmp_path / "a.parquet")
-    assert unit.bad == [(None, "no column 'text'; there are content, n")]
+    ((row, why),) = unit.bad
+    assert row is None and why.startswith("no field 'text'; there are 'content', 'n' (name the text")
     (unit,) = read_all(tmp_path / "a.parquet", Fields("content"))
     assert unit.texts == ["a", "b"] and unit.bad == [(1, "'content' is of type NoneType, not text")]
     (unit,) = read_all(tmp_path / "a.parquet", Fields("n"))
