@@ -424,7 +424,7 @@ def test_a_bad_line_stops_the_run_or_is_listed(tokenizer_path, tmp_path, small_u
     make_corpus(source)
     break_corpus(source)
     for processes in (1, 2):
-        with pytest.raises(ValueError, match=r"example_train_2.jsonl.zst, line 3: .*; there are 'text' \(and 1 more near it\)"):
+        with pytest.raises(ValueError, match=r"train_2.jsonl.zst, line 3: .*; there are 'text' \(and 1 more near it\)"):
             run(source, tokenizer_path, tmp_path / "out", processes=processes)
         assert not read_manifest(tmp_path / "out", "train_slimpajama").complete
     manifest = run(source, tokenizer_path, tmp_path / "out", on_error="skip")
