@@ -6,32 +6,91 @@ if __name__ == "__main__":
 """
 
 import inspect
+import json
 import os
+import re
 import sys
+import types
+import typing
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from lit_gpt.config import did_you_mean
 
 
 def parse(component: Callable, argv: list[str] | None = None) -> Any:
     """Call `component` with what the command line (or `--config FILE.yaml`) says; an unknown flag is an error.
 
     Flags, types and `--help` come from the signature and its docstring, for a dataclass from the strings below its
-    fields.
+    fields. A flag that takes a list takes a,b as well as YAML's [a, b].
     """
+    from argparse import ArgumentError
+
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    argv = sys.argv[1:] if argv is None else argv
     # Half of the time of parsing goes into finding the strings below fields, and only --help shows them.
-    set_parsing_settings(docstring_parse_attribute_docstrings=not {"-h", "--help"}.isdisjoint(argv or sys.argv))
+    set_parsing_settings(docstring_parse_attribute_docstrings=not {"-h", "--help"}.isdisjoint(argv))
     description = inspect.getdoc(component).split("\n\nArgs:")[0]  # each argument is explained at its flag
-    parser = ArgumentParser(description=description, allow_abbrev=False)
+    parser = ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of flags; later flags override it.")
     add = parser.add_class_arguments if inspect.isclass(component) else parser.add_function_arguments
     add(component, as_group=False)
-    flags = parser.instantiate(parser.parse_args(argv)).as_dict()
+    hints = {"config": Path, **typing.get_type_hints(component)}
+    hints.pop("return", None)
+    try:
+        flags = parser.instantiate(parser.parse_args(_with_lists(argv, hints))).as_dict()
+    except ArgumentError as e:
+        sys.stderr.write(f"error: {_in_short(str(e), hints)} --help explains all flags\n")
+        sys.exit(2)
     flags.pop("config")
     return component(**flags)
+
+
+def _with_lists(argv: list[str], hints: dict[str, Any]) -> list[str]:
+    """The words of a command line, with a,b as a list where a flag takes lists and no plain text."""
+    kinds = {f"--{name}": _kinds(hint) for name, hint in hints.items()}
+    lists = {flag for flag, of in kinds.items() if str not in of and any(typing.get_origin(k) is list for k in of)}
+    words: list[str] = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if words and words[-1] in lists:
+            word = _as_list(word)
+        elif equals and flag in lists:
+            word = f"{flag}={_as_list(value)}"
+        words.append(word)
+    return words
+
+
+def _as_list(value: str) -> str:
+    is_yaml_or_flag = re.match(r"\s*(\[|-|null$)", value)
+    return value if is_yaml_or_flag else json.dumps(value.split(","))
+
+
+def _in_short(message: str, hints: dict[str, Any]) -> str:
+    """What jsonargparse says, in a line, with the nearest flag or choice that there is."""
+    refused = re.match(r'Parser key "(\w+)":.*Expected a .*\b[Vv]alue: (.*)', message, re.DOTALL)
+    if refused and refused[1] in hints:
+        kinds = _kinds(hints[refused[1]])
+        choices = [str(c) for k in kinds if typing.get_origin(k) is typing.Literal for c in typing.get_args(k)]
+        others = [inspect.formatannotation(k) for k in kinds if typing.get_origin(k) is not typing.Literal]
+        line = f"--{refused[1]} {refused[2]}: expected {' or '.join(choices + others)}."
+        return line + did_you_mean(refused[2], choices)
+    line = re.sub(r'Parser key "(\w+)"', r"--\1", " ".join(message.split())) + "."
+    unknown = re.search(r"unrecognized arguments: .*?(--[\w-]+)|Option '(\w+)' is not accepted", line)
+    if not unknown:
+        return line
+    # The dashes alone make any two flags somewhat alike.
+    return line + did_you_mean(unknown[1] or f"--{unknown[2]}", [f"--{name}" for name in hints], cutoff=0.7)
+
+
+def _kinds(hint: Any) -> list:
+    """list[str] | None -> [list[str]]."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return [kind for kind in typing.get_args(hint) if kind is not types.NoneType] if is_union else [hint]
 
 
 def check_flags(args: Any, positive: Collection[str], not_negative: Collection[str] = ()) -> None:

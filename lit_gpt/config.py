@@ -109,13 +109,13 @@ class Config:
     def from_name(cls, name: str, **overrides: Any) -> "Config":
         """The preset `name` with some fields replaced. Raises ValueError, with the nearest names, if there is none."""
         if name not in MODELS:
-            raise ValueError(f"unknown model {name!r}.{_did_you_mean(name, MODELS)} Known: {', '.join(MODELS)}")
+            raise ValueError(f"unknown model {name!r}.{did_you_mean(name, MODELS)} Known: {', '.join(MODELS)}")
         if (ratio := overrides.pop("condense_ratio", None)) is not None:
             overrides |= dict(rope_scaling="none" if ratio == 1 else "linear", rope_factor=float(ratio))
         known = [f.name for f in fields(cls)]
         for field in overrides:
             if field not in known:
-                hint = _did_you_mean(field, known)
+                hint = did_you_mean(field, known)
                 raise ValueError(f"unknown model field {field!r}.{hint} Known: {', '.join(known)}")
         return cls(**{"name": name, **MODELS[name], **overrides})
 
@@ -138,9 +138,9 @@ class Config:
         return asdict(self)
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
     by_lower = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
     return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
 
 

@@ -43,6 +43,53 @@ def test_an_unknown_flag_or_key_is_an_error_that_names_it(train_args, tmp_path, 
         assert end.value.code != 0 and "learning_rat" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--max_step", "60"], "unrecognized arguments: --max_step 60. Did you mean '--max_steps'?"),
+        (["--max-steps=60"], "unrecognized arguments: --max-steps=60. Did you mean '--max_steps'?"),
+        (["--bogus", "1"], "unrecognized arguments: --bogus 1."),
+        (["--config", "c.yaml"], "Option 'learning_rat' is not accepted. Did you mean '--learning_rate'?"),
+        (["--config", "d.yaml"], "--config: File does not exist: '{cwd}/d.yaml'."),
+        (["--learning_rate", "4e-4x"], "--learning_rate 4e-4x: expected float."),
+        (["--max_steps", "1e4"], "--max_steps 1e4: expected int."),
+        (["--logger", "csw"], "--logger csw: expected csv or wandb or tensorboard. Did you mean 'csv'?"),
+        (["--source_epochs", "x"], "--source_epochs x: expected float or dict[str, float]."),
+    ],
+)
+def test_a_mistake_in_a_flag_is_a_line_with_what_was_meant(train_args, tmp_path, monkeypatch, capsys, argv, says):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("learning_rat: 1\n")
+    with pytest.raises(SystemExit) as end:
+        parse(train_args, argv)
+    line = f"error: {says.format(cwd=tmp_path)} --help explains all flags\n"
+    assert end.value.code == 2 and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("words", "tasks"),
+    [
+        (["--eval_tasks", "commonsense"], ["commonsense"]),
+        (["--eval_tasks", "piqa,mmlu"], ["piqa", "mmlu"]),
+        (["--eval_tasks=piqa,mmlu"], ["piqa", "mmlu"]),
+        (["--eval_tasks", "[piqa, mmlu]"], ["piqa", "mmlu"]),
+        (["--eval_tasks", "[]"], []),
+        (["--eval_tasks+", "piqa"], ["piqa"]),
+    ],
+)
+def test_a_flag_of_a_list_takes_words(train_args, words, tasks):
+    assert parse(train_args, [*words, "--name", "a,b"]).eval_tasks == tasks
+
+
+def test_lists_of_other_things_than_words():
+    def main(runs: list[Path] | None = None, lengths: list[int] = (), tasks: list[str] | str = "commonsense") -> tuple:
+        """Lists."""
+        return runs, lengths, tasks
+
+    assert parse(main, ["--runs", "out/t", "--lengths", "1,2", "--tasks", "a,b"]) == ([Path("out/t")], [1, 2], "a,b")
+    assert parse(main, ["--runs", "null"])[0] is None
+
+
 def test_a_yaml_preset_and_a_flag_after_it(train_args, tmp_path):
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-3\nmodel_overrides: {n_layer: 3}\n")
     flags = ["--learning_rate", "2e-3", "--model_overrides.n_head", "4", "--global_batch_tokens", "4096"]
