@@ -53,11 +53,15 @@ class Decoder:
         return same and self.batch_size == batch_size and length <= self.length
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], copies: int = 1) -> torch.Tensor:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], copies: int = 1, text_length: int | None = None
+    ) -> torch.Tensor:
         """Read the prompts, of any lengths, from position 0 on. Returns the logits of what follows each, (B, V).
 
         Args:
             copies: rows that go on from each prompt, next to each other: B is len(prompts) · copies.
+            text_length: tokens of the longest row that will be read in the end, for dynamic rope scaling; default: all
+                that there is room for.
         """
         model, device, B = self.model, self.device, len(prompts)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -65,7 +69,11 @@ class Decoder:
         graphed = copies == 1 and device.type == "cuda" and B * longest <= GRAPHED_PROMPT_TOKENS
         if graphed:
             width = min(-(-longest // 64) * 64, self.length)
-        cache = self.cache if copies == 1 else KVCache(model.config, B, longest, device, self.cache.k.dtype)
+        self.cache.rotate_for(text_length or self.length)
+        cache = self.cache
+        if copies > 1:
+            cache = KVCache(model.config, B, longest, device, self.cache.k.dtype)
+            cache.rope = self.cache.rope
         # Shorter prompts are padded on the right. What padding leaves in the cache lies after a row's own position,
         # where no query looks, and is overwritten before the row gets there.
         idx = torch.zeros(B, width, dtype=torch.int64)
@@ -163,9 +171,8 @@ class Decoder:
         """As GPT.forward for a Llama model, with the norms, SwiGLU and the additions inside the matrix products."""
         model, kernels, cache = self.model, self._fused, self.cache
         c = model.config
-        tables = model.rope(idx.device, cache.k.size(2))
         embedding = compute(model.transformer.wte.weight)
-        x, positions, cos, sin = kernels.begin(idx, position, ahead, embedding, *tables)  # x: the residual stream
+        x, positions, cos, sin = kernels.begin(idx, position, ahead, embedding, *cache.rope)  # x: the residual stream
         for i, block in enumerate(model.transformer.h):
             norm_1, norm_2, attn, mlp = block.norm_1, block.norm_2, block.attn, block.mlp
             qkv = kernels.linear(x, *matrix(attn.attn), norm=norm_1.weight, eps=norm_1.eps)
@@ -191,7 +198,7 @@ def borrow(model: GPT, batch_size: int, length: int) -> Iterator[Decoder]:
     decoder = _idle.pop(model, None)
     if decoder is None or not decoder.fits(model, batch_size, length):
         decoder = None  # free its memory first
-        if model.transformer.wte.weight.is_cuda and c.rope_scaling != "dynamic":  # which looks at the cache's length
+        if model.transformer.wte.weight.is_cuda:
             length = min(-(-length // 512) * 512, c.block_size)  # for the next, too
         decoder = Decoder(model, batch_size, length)
     try:

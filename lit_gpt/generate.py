@@ -229,9 +229,10 @@ def decode(
         decoder.position.add_(1)
         return choose(logits)
 
-    with borrow(model, B, longest + n - 1) as decoder:
+    text_length = longest + n - 1  # the last token is not read
+    with borrow(model, B, text_length) as decoder:
         with torch.inference_mode():
-            chosen = choose(decoder.prefill(prompts, num_samples))
+            chosen = choose(decoder.prefill(prompts, num_samples, text_length))
             decoder.token.copy_(chosen[0])
             decoder.position.copy_(torch.tensor([len(p) for p in prompts for _ in range(num_samples)]))
             decoder.inverse_temperature.fill_(1 / (temperature or 1))

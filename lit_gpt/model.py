@@ -92,7 +92,7 @@ class GPT(nn.Module):
                 self.fp8.begin()
         if cache is not None and positions is None:
             positions = torch.arange(T, device=idx.device)
-        tables = self.rope(idx.device, T if cache is None else cache.k.size(2))
+        tables = self.rope(idx.device, T) if cache is None else cache.rope
         cos, sin = (table[:T] if positions is None else table[positions] for table in tables)
 
         # The residual stream is x + delta: each norm's kernel does the addition that the sublayer before it left over.
@@ -116,12 +116,8 @@ class GPT(nn.Module):
         return loss if reduction == "sum" else loss.view_as(targets)
 
     def rope(self, device: torch.device, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotary tables, built at first use: as buffers they would follow model.to(bfloat16) and lose positions.
-
-        Args:
-            length: of the sequences, or of the cache that they will fill. Dynamic scaling depends on it; all keys of a
-                cache are rotated alike, where transformers leaves each as the length of its moment had it.
-        """
+        """The rotary tables of calls without a cache, built at first use: as buffers they would follow
+        model.to(bfloat16) and lose positions. Dynamic scaling depends on the length of the sequences."""
         c = self.config
         n_positions = max(length, c.rope_original_size) if c.rope_scaling == "dynamic" else c.block_size
         if self._rope is None or self._rope[0].device != device or self._rope[0].size(0) != n_positions:
@@ -292,15 +288,29 @@ class Embedding(nn.Embedding):
 
 
 class KVCache:
-    """Keys and values of up to `length` tokens of each row, allocated once: (n_layer, B, S, G, D) each."""
+    """Keys and values of up to `length` tokens of each row, allocated once: (n_layer, B, S, G, D) each.
+
+    With dynamic scaling all its keys are rotated alike, as a text of `length` tokens wants it or of what `rotate_for`
+    says, where transformers leaves each as the length of its moment had it.
+    """
 
     def __init__(self, config: Config, batch_size: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
         if length > config.block_size:
             raise ValueError(f"a cache of {length} tokens exceeds the model's block_size of {config.block_size}")
+        self.config = config
+        self.rope = rope_tables(config, length, device)
+        """cos and sin of its places."""
         shape = (config.n_layer, batch_size, length, config.n_query_groups, config.head_size)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.arrivals = torch.zeros(256, device=device, dtype=torch.int32)
+
+    def rotate_for(self, length: int) -> None:
+        """Before anything is written: the text will have `length` tokens. The cache may have places for more, for
+        guesses beyond its end or from a longer text before, which must not change what is written."""
+        if self.config.rope_scaling == "dynamic":
+            for mine, table in zip(self.rope, rope_tables(self.config, length, self.k.device), strict=True):
+                mine[:length] = table  # in place: a CUDA graph knows where they are
 
     def layer(self, i: int, positions: torch.Tensor) -> "LayerCache":
         return LayerCache(self.k[i], self.v[i], positions, self.arrivals)

@@ -123,8 +123,9 @@ class ModelDraft:
         self.vocab_size = vocab_size
         self.known = model.transformer.wte.weight.size(0)
 
-    def start(self, prompts: Sequence[Sequence[int]], copies: int) -> None:
-        self.decoder.prefill([[min(i, self.known - 1) for i in prompt] for prompt in prompts], copies)
+    def start(self, prompts: Sequence[Sequence[int]], copies: int, text_length: int) -> None:
+        known = [[min(i, self.known - 1) for i in prompt] for prompt in prompts]
+        self.decoder.prefill(known, copies, min(text_length, self.decoder.length))
 
     def guess(
         self, before: torch.Tensor, last: torch.Tensor, position: torch.Tensor, noise: torch.Tensor, choice: Choice
@@ -171,7 +172,7 @@ class NgramDraft:
     def __init__(self, batch_size: int, length: int, device: torch.device) -> None:
         self.text = torch.zeros(batch_size, length + MAX_GUESSES + 2, dtype=torch.int64, device=device)
 
-    def start(self, prompts: Sequence[Sequence[int]], copies: int) -> None:
+    def start(self, prompts: Sequence[Sequence[int]], copies: int, text_length: int) -> None:
         for i, prompt in enumerate(p for p in prompts for _ in range(copies)):
             self.text[i, : len(prompt)] = torch.as_tensor(prompt)
 
@@ -340,7 +341,8 @@ class Speculator:
             self.pass_s = passes.prepare(ADAPTIVE_GUESSES if self.guesses is None else (self.guesses,))
             self._cold = set(range(MAX_GUESSES + 1)) - self.pass_s.keys()
         lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]
-        first = passes.start(prompts, num_samples, generator)
+        # The last token is not read: as the target alone has it, whatever more there is room for.
+        first = passes.start(prompts, num_samples, longest + n - 1, generator)
         done = [self._append(row, [token], n, eos_id) for row, token in zip(rows, first, strict=True)]
         yield
         # A GPU begins the next pass while this one is looked at, unless that may leave nothing to do, or no room.
@@ -458,13 +460,17 @@ class _Passes:
 
     @torch.inference_mode()
     def start(
-        self, prompts: Sequence[Sequence[int]], copies: int, generator: torch.Generator | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        text_length: int,
+        generator: torch.Generator | None = None,
     ) -> list[int]:
-        """Read the prompts. Returns the first token of each row."""
-        logits = self.target.prefill(prompts, copies)
+        """Read the prompts, as Decoder.prefill. Returns the first token of each row."""
+        logits = self.target.prefill(prompts, copies, text_length)
         self.last.copy_(self.choice.draw(logits, clocks(logits, self.settings[0], generator))[0])
         room = self.draft.room()
-        self.draft.start([p[:room] for p in prompts], copies)
+        self.draft.start([p[:room] for p in prompts], copies, text_length)
         self.before.copy_(torch.tensor([prompt[-1] for prompt in prompts for _ in range(copies)]))
         self.position.copy_(torch.tensor([len(prompt) for prompt in prompts for _ in range(copies)]))
         return self.last.tolist()

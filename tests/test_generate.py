@@ -3,11 +3,11 @@ import json
 import pytest
 import torch
 
-from lit_gpt import Config
+from lit_gpt import Config, decoder
 from lit_gpt.generate import ContextFull, generate, penalise, probabilities, stop_at, stream, stream_text
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
-from tests.tiny import TINY, random_weights, run_script, write_lit_folder
+from tests.tiny import DYNAMIC, TINY, random_weights, run_script, write_lit_folder
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
 
@@ -98,6 +98,23 @@ def test_log_probabilities_are_the_models_own():
         torch.testing.assert_close(torch.tensor(got), want[range(10), row], rtol=1e-4, atol=1e-4)
     pairs = list(stream(model, PROMPTS[0], 5, logprobs=True))
     assert [i for i, _ in pairs] == list(stream(model, PROMPTS[0], 5)) and all(p < 0 for _, p in pairs)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_dynamic_scaling_looks_at_the_text_alone(monkeypatch, num_samples, chunk):
+    """Neither at how many places a cache has, nor at how it was filled: the model without one says the same."""
+    if chunk:
+        monkeypatch.setattr(decoder, "PREFILL_TOKENS", 2 * chunk)
+    model = tiny(**DYNAMIC)
+    prompts = [PROMPTS[2], PROMPTS[2][::-1]]
+    settings = dict(num_samples=num_samples, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    rows, logprobs = generate(model, prompts, 30, logprobs=True, **settings)
+    for i, (row, got) in enumerate(zip(rows, logprobs, strict=True)):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompts[i // num_samples] + row[:-1]]))[0, len(PROMPTS[2]) - 1 :]
+        want = logits.log_softmax(-1)[range(30), row]
+        torch.testing.assert_close(torch.tensor(got), want, rtol=1e-4, atol=1e-4)
 
 
 def test_two_streams_of_one_model_do_not_disturb_each_other():

@@ -19,7 +19,7 @@ from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
 from lit_gpt.speculative import Speculator, accept, refuse_different_tokenizers
 from lit_gpt.tokenizer import Tokenizer
-from tests.tiny import ROOT, TINY, random_weights, run_script, train_sentencepiece, write_lit_folder
+from tests.tiny import DYNAMIC, ROOT, TINY, random_weights, run_script, train_sentencepiece, write_lit_folder
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8, 8, 8]]
 
@@ -66,6 +66,18 @@ def test_greedy_is_the_targets_greedy(alone, name, guesses):
         assert speculator.stats.tokens_per_pass > 3
     if name == "far":
         assert speculator.stats.acceptance_rate < 0.2
+
+
+@pytest.mark.filterwarnings("ignore:speculation does not pay")
+@pytest.mark.parametrize("name", ["itself", "n-grams"])
+def test_greedy_is_the_targets_greedy_with_dynamic_scaling(name):
+    """Though its caches are larger, and some were made for a longer text before."""
+    target, draft = tiny(**DYNAMIC), tiny(**DYNAMIC) if name == "itself" else None
+    speculator = Speculator(target, draft, 4)
+    for prompts, n in ((PROMPTS, 40), (PROMPTS, 12), (PROMPTS[1:2], 40), (PROMPTS[1:2], 20)):
+        assert speculator.generate(prompts, n) == generate(target, prompts, n)
+    if draft is not None:
+        assert speculator.stats.acceptance_rate > 0.99
 
 
 def test_repeated_text_is_guessed_from_itself():
@@ -223,7 +235,7 @@ def test_what_is_reported_counts_all_passes():
 
 def test_passes_without_guesses_are_timed_with_the_drafts_reading(monkeypatch):
     passes = speculative._Passes(tiny(), tiny(), 1, 40, (0.0, None, 1.0, 0.0))
-    passes.start(PROMPTS[1:2], 1)
+    passes.start(PROMPTS[1:2], 1, 40)
     read = passes.draft.read
     monkeypatch.setattr(passes.draft, "read", lambda *state: (time.sleep(0.1), read(*state)))
     (elapsed_s, read_s), (_, not_read_s) = (passes.begin(0, [False], follows)()[2:] for follows in (True, False))
@@ -301,13 +313,14 @@ def test_prompts_without_text_are_refused(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:speculation does not pay")
 @pytest.mark.parametrize("draft", ["near", "far", "n-grams"])
-def test_graphs_of_whole_passes_equal_the_target_alone(draft):
+@pytest.mark.parametrize("overrides", [{}, DYNAMIC], ids=["", "dynamic"])
+def test_graphs_of_whole_passes_equal_the_target_alone(draft, overrides):
     """In fp32 on a GPU: passes that begin before the last one was looked at, chosen by the kernels."""
     device = torch.device("cuda")
     kernels = select_kernels("auto", device=device, dtype=torch.float32, heads=(4, 2, 16), training=False)
 
     def on_gpu(noise: float) -> GPT:
-        model = tiny(noise)
+        model = tiny(noise, **overrides)
         return load_model(Pretrained(None, model.config, model.state_dict()), kernels, "cuda", torch.float32)
 
     target = on_gpu(0.0)

@@ -14,6 +14,8 @@ from lit_gpt.pretrained import Pretrained, write_lit
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(n_layer=2, n_embd=64, n_head=4, n_query_groups=2, intermediate_size=96, block_size=64, vocab_size=512)
+DYNAMIC = dict(rope_scaling="dynamic", rope_factor=4.0, rope_original_size=12)
+"""For TINY: frequencies that depend on the length of a text beyond 12 tokens."""
 
 
 def random_weights(config: Config, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
