@@ -18,12 +18,10 @@ from lit_gpt.chat_template import ChatTemplate, Message
 from lit_gpt.generate import ContextFull, check_settings, stream, stream_text
 from lit_gpt.hub import local_folder
 from lit_gpt.kernels import select_kernels
-from lit_gpt.lora import ADAPTER_CONFIG, merge
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import load_model, open_pretrained, refuse_other_tokenizer
 from lit_gpt.retrieval import Documents, Passage, with_passages
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.weights import read_json
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,8 @@ class ChatModel:
             FileNotFoundError, ValueError: see open_pretrained, Tokenizer and ChatTemplate.
         """
         folder = local_folder(str(path))
-        folder = next((folder / name for name in ("hf", "adapters") if (folder / name).is_dir()), folder)
-        if (folder / ADAPTER_CONFIG).is_file():
-            base = local_folder(read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"])
-            found = merge(open_pretrained(base), folder)
-            tokenizer_path = tokenizer_path or (folder if (folder / "tokenizer.json").is_file() else found.tokenizer)
-        else:
-            found = open_pretrained(folder)
-            tokenizer_path = tokenizer_path or found.tokenizer
+        found = open_pretrained(folder)
+        tokenizer_path = tokenizer_path or found.tokenizer
         if tokenizer_path is None:
             raise ValueError(f"{path} holds no tokenizer: give --tokenizer_path")
         tokenizer = Tokenizer(tokenizer_path)

@@ -2,14 +2,13 @@
 
     adapters = add_lora(model, rank=16, alpha=32)       # what to train and save; the rest of the model is frozen
     write_adapters(adapters, config, folder, base)      # a folder that peft loads
-    found = merge(open_pretrained(base), folder)        # base + adapters as ordinary weights; adapters of peft's, too
+    weights = merge(config, weights, folder)            # base + adapters as ordinary weights; adapters of peft's, too
 
 C inputs, O outputs, R rank.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from lit_gpt.config import Config
 from lit_gpt.hf import join_qkv, name_table, split_qkv
 from lit_gpt.kernels import linear
 from lit_gpt.model import GPT, Linear
-from lit_gpt.pretrained import Pretrained
 from lit_gpt.weights import LazyWeights, open_weights, read_json, write_json, write_safetensors
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -151,8 +149,8 @@ def write_adapters(adapters: nn.ModuleDict, config: Config, folder: Path, base: 
     write_safetensors(folder, layout, tensors.items(), stem="adapter_model")
 
 
-def merge(found: Pretrained, folder: Path) -> Pretrained:
-    """The model with the adapters in `folder` added to its weights, W + alpha / R · B A, in fp32 where there is one.
+def merge(config: Config, weights: Mapping[str, torch.Tensor], folder: Path) -> Mapping[str, torch.Tensor]:
+    """A model's weights with the adapters in `folder` added, W + alpha / R · B A, in fp32 where there is one.
 
     Raises:
         FileNotFoundError: no adapters there.
@@ -169,7 +167,7 @@ def merge(found: Pretrained, folder: Path) -> Pretrained:
         raise ValueError(f"{folder / ADAPTER_CONFIG}: only plain LoRA is read, and this has {', '.join(other)}")
     tensors = open_weights(folder / "adapter_model.safetensors")
     scale = settings["lora_alpha"] / settings["r"]
-    table = name_table(found.config)
+    table = name_table(config)
 
     updates: dict[str, dict[str, tuple[int, ...]]] = {}
     known = set()
@@ -180,7 +178,7 @@ def merge(found: Pretrained, folder: Path) -> Pretrained:
             known |= adapted
             updates[ours] = dict(zip(stems, theirs.values(), strict=True))
     if unknown := sorted(set(tensors) - known):
-        raise ValueError(f"{folder}: {unknown[0]} and {len(unknown) - 1} more do not belong to {found.config.name!r}")
+        raise ValueError(f"{folder}: {unknown[0]} and {len(unknown) - 1} more do not belong to {config.name!r}")
     for ours, stems in updates.items():
         for stem, shape in stems.items():
             if f"{stem}.lora_A.weight" in tensors:
@@ -196,9 +194,8 @@ def merge(found: Pretrained, folder: Path) -> Pretrained:
 
     def read(ours: str) -> torch.Tensor:
         if ours not in updates:
-            return found.weights[ours]
+            return weights[ours]
         parts = [delta(stem, shape) for stem, shape in updates[ours].items()]
-        return found.weights[ours].float() + (parts[0] if len(parts) == 1 else join_qkv(*parts, found.config))
+        return weights[ours].float() + (parts[0] if len(parts) == 1 else join_qkv(*parts, config))
 
-    merged: Mapping[str, torch.Tensor] = LazyWeights({ours: lambda ours=ours: read(ours) for ours in table})
-    return replace(found, path=folder, weights=merged)
+    return LazyWeights({ours: lambda ours=ours: read(ours) for ours in table})

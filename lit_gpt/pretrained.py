@@ -3,7 +3,8 @@
     found = open_pretrained(Path("out/tiny_LLaMA_1b"))      # reads names and shapes; weights are read when used
     model = load_model(found, dtype=torch.bfloat16)
 
-What is accepted: a run (its latest checkpoint), a step-N checkpoint of it, a Hugging Face folder, a folder that
+What is accepted: a run (its latest checkpoint; of sft/finetune.py, what came of the best one), a step-N checkpoint of
+it, a Hugging Face folder, adapters of ours or peft's (with the model that they name), a folder that
 scripts/convert_hf_checkpoint.py wrote (lit_config.json and lit_model.safetensors), and the original TinyLlama's .pth.
 """
 
@@ -16,7 +17,9 @@ import torch
 from lit_gpt import checkpoint
 from lit_gpt.config import Config
 from lit_gpt.hf import check_finite, check_weights, read_hf, same_bits, shapes
+from lit_gpt.hub import local_folder
 from lit_gpt.kernels import Kernels
+from lit_gpt.lora import ADAPTER_CONFIG, merge
 from lit_gpt.model import GPT, accept_published_names
 from lit_gpt.tokenizer import TOKENIZER_FILES, Tokenizer
 from lit_gpt.weights import load_pickle, open_weights, read_json, write_json, write_safetensors
@@ -65,16 +68,26 @@ def open_pretrained(path: Path, model_name: str | None = None) -> Pretrained:
         if not (path / LIT_MODEL).is_file():
             raise FileNotFoundError(f"{path / LIT_MODEL} is missing")
         found = Pretrained(path, config, open_weights(path / LIT_MODEL), _tokenizer_folder(path))
+    elif (path / ADAPTER_CONFIG).is_file():
+        return _open_adapters(path, model_name)
     elif (path / "config.json").is_file():
         config, weights = read_hf(path)
         found = Pretrained(path, config, weights, _tokenizer_folder(path))
+    elif result := _finetuned(path, runs):
+        return open_pretrained(result, model_name)
     elif (path / checkpoint.META).is_file() or runs:
         step_dir = path if (path / checkpoint.META).is_file() else runs[-1]
         meta = checkpoint.check(step_dir)
+        run = step_dir.resolve().parent
+        if (method := meta.get("fixed", {}).get("method", "full")) != "full":
+            raise ValueError(
+                f"{step_dir} holds only the adapters of --method {method}; the model is in {run / 'adapters'} once "
+                "sft/finetune.py is at its end, to which --resume true goes on"
+            )
         config = _config(meta["config"], step_dir / checkpoint.META)
         weights = checkpoint.load_weights(step_dir)
         sha256 = (meta.get("tokenizer") or {}).get("sha256")
-        tokenizer = _tokenizer_folder(step_dir.resolve().parent / "tokenizer")
+        tokenizer = _tokenizer_folder(run / "tokenizer") or _tokenizer_folder(run / "hf")
         found = Pretrained(step_dir, config, weights, tokenizer, sha256, meta.get("delimiters"))
     else:
         raise FileNotFoundError(
@@ -83,6 +96,27 @@ def open_pretrained(path: Path, model_name: str | None = None) -> Pretrained:
     if model_name and model_name != found.config.name:
         raise ValueError(f"{path} holds model {found.config.name!r}, not {model_name!r}")
     _check(found)
+    return found
+
+
+def _finetuned(path: Path, runs: list[Path]) -> Path | None:
+    """What a run of sft/finetune.py made of its best checkpoint. An hf/ in a run of pretraining is a copy of some step
+    that the newest checkpoint may be far beyond."""
+    if runs and "best" not in read_json(runs[-1] / checkpoint.META):
+        return None
+    return next((path / name for name in ("hf", "adapters") if (path / name).is_dir()), None)
+
+
+def _open_adapters(path: Path, model_name: str | None) -> Pretrained:
+    """The model that adapters were made for, with them added."""
+    name = read_json(path / ADAPTER_CONFIG)["base_model_name_or_path"]
+    try:
+        base = open_pretrained(local_folder(name), model_name)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{path} holds adapters, and their model is not there: {e}") from e
+    found = replace(base, path=path, weights=merge(base.config, base.weights, path))
+    if tokenizer := _tokenizer_folder(path):
+        found = replace(found, tokenizer=tokenizer, tokenizer_sha256=None)
     return found
 
 

@@ -493,7 +493,7 @@ def write_result(
         print(f"adapters, for peft and sft/chat.py: {run_dir / 'adapters'}")
         if not args.merge:
             return
-        weights = merge(found, run_dir / "adapters").weights
+        weights = merge(found.config, found.weights, run_dir / "adapters")
     with whole_folder(run_dir / "hf", overwrite=True) as folder:
         special_ids = write_tokenizer(folder)
         dtype = found.weights["transformer.wte.weight"].dtype  # of the base's files

@@ -6,6 +6,7 @@ import torch
 from lit_gpt import Config, checkpoint
 from lit_gpt.model import GPT
 from lit_gpt.optim import param_groups
+from lit_gpt.pretrained import open_pretrained
 
 CONFIG = Config(
     "test", block_size=16, vocab_size=64, n_layer=2, n_embd=32, n_head=4, n_query_groups=2, intermediate_size=48
@@ -45,6 +46,14 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     weights = checkpoint.load_weights(path)
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_run_is_its_newest_checkpoint_whatever_was_made_of_an_older_one(tmp_path):
+    """PRETRAIN.md writes hf/ into the run; for what fine-tuning leaves there see test_finetune.py."""
+    model, optimizer = a_run(seed=1)
+    newest = save(tmp_path, 7, model, optimizer)
+    (tmp_path / "hf").mkdir()
+    assert open_pretrained(tmp_path).path == newest
 
 
 def test_the_newest_is_by_number_and_unfinished_ones_do_not_count(tmp_path):

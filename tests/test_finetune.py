@@ -92,7 +92,8 @@ def test_a_run_learns_validates_answers_keeps_the_best_and_exports(flags, capsys
     assert "48 conversations" not in out and "43 of 43 conversations" in out and "\n>>> " in out
     assert (run_dir / "loss.png").exists() and not list(run_dir.glob("*.tmp"))
 
-    exported = open_pretrained(run_dir / "hf")
+    exported = open_pretrained(run_dir)
+    assert exported.path == run_dir / "hf" and open_pretrained(checkpoint.steps(run_dir)[-1]).tokenizer == exported.path
     weights = checkpoint.load_weights(run_dir / f"step-{best['step']:08d}")
     assert all(torch.equal(exported.weights[name], weights[name]) for name in exported.weights)
     reply = ChatModel.open(run_dir).reply([{"role": "user", "content": "the of"}], Sampling(0, max_new_tokens=4))
@@ -125,6 +126,15 @@ def test_adapters_and_their_merge(flags, files):
     merged, with_adapters = open_pretrained(run_dir / "hf"), ChatModel.open(run_dir / "adapters").model
     idx = torch.arange(12)[None] * 7
     torch.testing.assert_close(load_model(merged)(idx), with_adapters(idx))
+    assert open_pretrained(run_dir).path == run_dir / "hf"
+    shutil.rmtree(run_dir / "hf")
+    found = open_pretrained(run_dir)
+    assert found.path == found.tokenizer == run_dir / "adapters"
+    assert torch.equal(load_model(found)(idx), with_adapters(idx))
+    shutil.rmtree(run_dir / "adapters")
+    for path in (run_dir, run_dir / "step-00000006"):
+        with pytest.raises(ValueError, match="step-00000006 holds only the adapters of --method lora; the model is in"):
+            open_pretrained(path)
     assert not torch.equal(load_model(base)(idx), with_adapters(idx))
 
 

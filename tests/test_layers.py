@@ -17,8 +17,8 @@ ORDER = [
     *("model", "int8", "prepare", "weights", "hf_tokenizer", "hf", "gguf_file", "speed_monitor", "chat_template"),
     *("chat_data", "precompile"),
     # floor 2
-    *("checkpoint", "pretrained", "model_card", "hf_folder", "release", "decoder", "generate", "perplexity"),
-    *("scoring", "sandbox", "evaluation", "contamination", "report", "speculative", "lora", "retrieval", "chat"),
+    *("checkpoint", "lora", "pretrained", "model_card", "hf_folder", "release", "decoder", "generate", "perplexity"),
+    *("scoring", "sandbox", "evaluation", "contamination", "report", "speculative", "retrieval", "chat"),
     "lightning_cli",
 ]
 RUNNABLE = ("pretrain", "scripts", "sft", "speculative_decoding", "chat_gradio", "phone")

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from tiny import TINY, random_weights
+from tiny import TINY, random_weights, train_sentencepiece
 
 from lit_gpt import Config
 from lit_gpt.hf import export
 from lit_gpt.lora import add_lora, merge, write_adapters
-from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
+from lit_gpt.pretrained import load_model, open_pretrained
 
 IDX = torch.arange(24).view(2, 12) * 7
 
@@ -57,7 +57,7 @@ def test_new_adapters_change_nothing_and_alone_are_trained(base):
 
 def test_merged_weights_give_the_adapters_logits(base):
     _, adapters = with_random_adapters(base)
-    found = merge(open_pretrained(base), written(adapters, base))
+    found = open_pretrained(written(adapters, base))
     # These weights amplify the rounding of sums in another order; in double there is none worth the name.
     model = load_model(open_pretrained(base), dtype=torch.float64)
     without = model(IDX)
@@ -65,6 +65,18 @@ def test_merged_weights_give_the_adapters_logits(base):
     with_adapters, merged = model(IDX), load_model(found, dtype=torch.float64)(IDX)
     assert (with_adapters - without).abs().max() > 0.1
     torch.testing.assert_close(merged, with_adapters, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_bring_their_tokenizer_and_name_a_model_that_is_gone(base):
+    folder = written(with_random_adapters(base)[1], base)
+    for path in (base, folder):
+        assert open_pretrained(folder).tokenizer is None
+        train_sentencepiece(path / "tokenizer.model")
+        assert open_pretrained(folder).tokenizer == path
+        (path / "tokenizer.model").unlink()
+    base.rename(base.with_name("elsewhere"))
+    with pytest.raises(FileNotFoundError, match="adapters holds adapters, .* is not there: .*base does not exist"):
+        open_pretrained(folder)
 
 
 @pytest.mark.slow
@@ -90,12 +102,10 @@ def test_adapters_of_peft_with_other_layers_and_ranks_are_read(base):
         kept[name] = kept[name] * 2
     save_file(kept, folder / "adapter_model.safetensors")
     found = open_pretrained(base)
-    merged = merge(found, folder)
-    assert torch.equal(
-        merged.weights["transformer.h.1.attn.attn.weight"], found.weights["transformer.h.1.attn.attn.weight"]
-    )
+    merged = merge(found.config, found.weights, folder)
+    assert torch.equal(merged["transformer.h.1.attn.attn.weight"], found.weights["transformer.h.1.attn.attn.weight"])
     assert not torch.equal(
-        merged.weights["transformer.h.0.attn.proj.weight"], found.weights["transformer.h.0.attn.proj.weight"]
+        merged["transformer.h.0.attn.proj.weight"], found.weights["transformer.h.0.attn.proj.weight"]
     )
 
 
@@ -112,7 +122,7 @@ def test_other_adapters_are_refused(base, change, message):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
-        merge(open_pretrained(base), folder)
+        open_pretrained(folder)
 
 
 def test_adapters_of_another_model_are_refused(base):
@@ -121,9 +131,9 @@ def test_adapters_of_another_model_are_refused(base):
     for change, message in ((dict(n_layer=1), "do not belong to"), (dict(n_embd=128, head_size=16), "is for")):
         config = Config(**{**found.config.to_dict(), **change})
         with pytest.raises(ValueError, match=message):
-            merge(Pretrained(base, config, found.weights), folder)
+            merge(config, found.weights, folder)
     with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
-        merge(found, base)
+        merge(found.config, found.weights, base)
 
 
 def test_4_bit_weights(base):
