@@ -410,7 +410,7 @@ def train(
 
     checkpoints = Checkpointer(run_dir, args.keep_checkpoints, args.permanent_interval, releases, report, saved)
     init_adam(optimizer)  # before the first activations: what stays lies together
-    interrupt, interrupted, profiler, reserved = Interrupt(), False, None, False
+    interrupt, interrupted, profiler, reserved = Interrupt(fabric.is_global_zero), False, None, False
     batches = iter(loader)
     t0, tokens_since, data_wait_s = time.perf_counter(), 0, 0.0
     next_picture = time.monotonic() + 60

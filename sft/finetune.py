@@ -282,7 +282,7 @@ def train(
     eval_interval = args.eval_interval or math.ceil(len(rows) / batch_rows)
     last_step = min(max_steps, args.stop_at_step or max_steps)
     metrics = Metrics(run_dir, step, args.logger, as_json(args)) if fabric.is_global_zero else None
-    interrupt = Interrupt()
+    interrupt = Interrupt(fabric.is_global_zero)
     if step == 0 and len(val_rows):  # what there is to improve on
         val_loss = validate(fabric, model, val_rows, args.micro_batch_size)
         fabric.print(f"step 0: validation loss {val_loss:.4f} nats per trained token")

@@ -112,6 +112,20 @@ def command(flags: dict, **more) -> list[str]:
     return [str(ROOT / "pretrain" / "tinyllama.py"), *words]
 
 
+WRITES_SLOWLY = """
+import runpy, sys, time
+from lit_gpt import checkpoint
+
+def slowly(file):
+    print("now it is written", flush=True)
+    time.sleep(100)
+
+checkpoint.file_checksum = slowly
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -420,22 +434,32 @@ class TestInSeveralProcesses:
 
     @pytest.mark.parametrize("signum, code", [(signal.SIGUSR1, 85), (signal.SIGINT, 0)])
     def test_a_signal_finishes_the_step_saves_and_ends_well(self, flags, signum, code):
-        process = subprocess.Popen(
-            [sys.executable, *command(flags, max_steps=100_000, eval_interval=100_000, requeue_exit_code=code)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        for line in process.stdout:
-            if line.startswith("step"):
-                break
+        process = self.started(command(flags, max_steps=100_000, eval_interval=100_000, requeue_exit_code=code))
         time.sleep(0.5)
         process.send_signal(signum)
         rest = process.stdout.read()
         assert process.wait(timeout=60) == code and "interrupted: go on with --resume true" in rest
+        assert rest.count("stopping: this step is finished and saved first") == 1
         assert "nats/token" not in rest, "whoever asked may not wait for a validation"
         newest = checkpoint.steps(flags["out_dir"] / "run")[-1]
         assert f"saved {newest}" in rest and checkpoint.check(newest)["step"] >= 1
+
+    def test_a_second_ctrl_c_ends_at_once_also_while_a_checkpoint_is_written(self, flags):
+        flags = dict(flags, max_steps=100_000, save_interval=100_000, num_workers=1)
+        process = self.started(["-c", WRITES_SLOWLY, *command(flags)])
+        process.send_signal(signal.SIGINT)
+        assert "now it is written\n" in process.stdout
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "interrupted: nothing was saved since the last checkpoint\n"
+        assert process.wait(timeout=60) == 130
+        assert [d.suffix for d in (flags["out_dir"] / "run").glob("step-*")] == [".tmp"]
+
+    def started(self, words: list[str]) -> subprocess.Popen:
+        """A run that has logged a step; what it says goes to its stdout."""
+        to = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, *words], **to, text=True, env=environment())
+        assert any(line.startswith("step") for line in process.stdout)
+        return process
 
 
 def test_a_schedule_releases_steps_while_the_run_goes_on(flags, tmp_path, monkeypatch):
