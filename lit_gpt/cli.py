@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -107,6 +108,13 @@ def check_flags(args: Any, positive: Collection[str], not_negative: Collection[s
         raise ValueError("; ".join(problems))
 
 
+def quiet_imports() -> None:
+    """Until `one_line_errors`, Ctrl-C ends the program without a word: where libraries were then being imported says
+    nothing to anybody."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Users' mistakes (ValueError, OSError, ImportError) end in one line on stderr and exit code 1.
@@ -116,6 +124,8 @@ def one_line_errors() -> Iterator[None]:
     warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"warning: {message}\n"
     # Lightning advises srun wherever it is installed, also outside of SLURM jobs; PRETRAIN.md says how to start one.
     warnings.filterwarnings("ignore", "The `srun` command is available")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except (ValueError, OSError, ImportError) as e:

@@ -10,9 +10,10 @@ and checkpoints step-00005000/. `--help` lists all flags, `--print_config` shows
 
 import sys
 
-from lit_gpt import precompile
+from lit_gpt import cli, precompile
 
 if __name__ == "__main__":
+    cli.quiet_imports()
     precompile.begin(sys.argv)  # the kernels, while the libraries below are imported
 
 import itertools

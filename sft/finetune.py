@@ -11,9 +11,10 @@ chat template, or adapters/, which peft loads.
 
 import sys
 
-from lit_gpt import precompile
+from lit_gpt import cli, precompile
 
 if __name__ == "__main__":
+    cli.quiet_imports()
     precompile.begin(sys.argv)  # the kernels, while the libraries below are imported
 
 import json

@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt.cli import one_line_errors, parse
+from lit_gpt.cli import one_line_errors, parse, quiet_imports
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ROOT / "pretrain" / "tinyllama.py"
@@ -102,6 +103,31 @@ def test_a_users_mistake_is_one_line_and_exit_code_1(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "nowhere" in line
+
+
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal; a shell that runs the tests in its background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("script", ["pretrain/tinyllama.py", "sft/finetune.py"])
+def test_ctrl_c_while_libraries_are_imported_prints_no_traceback(script, tmp_path, ctrl_c):
+    """torch's import, which raises as Ctrl-C would."""
+    (tmp_path / "torch.py").write_text("import signal\n\nsignal.raise_signal(signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, ROOT / script], capture_output=True, text=True, env=environment)
+    assert done.returncode == -signal.SIGINT and not done.stderr
+
+
+def test_ctrl_c_afterwards_is_a_word(ctrl_c):
+    with pytest.raises(SystemExit) as end:
+        quiet_imports()
+        with one_line_errors():
+            signal.raise_signal(signal.SIGINT)
+    assert end.value.code == 130
 
 
 def test_a_machine_with_slurms_commands_gets_no_advice_about_them(tmp_path, monkeypatch):
