@@ -117,6 +117,18 @@ def test_int8_rounds_each_row_to_its_own_scale():
     assert 0 < (a - b).norm() / a.norm() < 0.08
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_int8_of_large_activations_stays_finite(dtype):
+    """As some channels of trained models have them: 127 times so much is more than fp16 can hold."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 8).requires_grad_(False).to(dtype)
+    x = 2000 * torch.randn(5, 64).to(dtype)
+    layer = Int8Linear(linear)
+    assert (x.float() @ layer.weight.T.float()).abs().max() > 65504  # what fp16 ends at
+    got, want = layer(x), linear.float()(x.float())
+    assert got.dtype == dtype and (got - want).norm() < 0.01 * want.norm()
+
+
 def test_int8_of_tied_weights_leaves_the_embedding():
     model = quantize_int8(tiny(tie_embeddings=True))
     assert model.transformer.wte.weight.dtype == torch.float32 and type(model.lm_head) is Int8Linear
