@@ -193,13 +193,16 @@ def main(args: FinetuneArgs) -> None:
         held_out = load_conversations(args.val_data)[1]
     else:
         order = np.random.default_rng(args.seed).permutation(len(conversations))
-        n = math.ceil(args.val_fraction * len(conversations))
+        n = min(math.ceil(args.val_fraction * len(conversations)), len(conversations) - 1)
         held_out, conversations = [conversations[i] for i in order[:n]], [conversations[i] for i in order[n:]]
     train_rows, report = pack_conversations(conversations, template, block_size, progress=fabric.is_global_zero)
     val_rows, val_report = pack_conversations(held_out, template, block_size)
     fabric.print(f"{args.data} ({format}): {report}\nvalidation: {val_report}")
     if not report.trained:
         raise ValueError(f"{args.data}: no conversation is left to train on")
+    if not val_report.trained:
+        way_out = "a larger --val_fraction, or --val_data, gives one"
+        warnings.warn(f"no validation: the newest checkpoint is taken as the best; {way_out}", stacklevel=1)
     questions = [prompt for c in held_out if (prompt := first_question(c, template, block_size))][: args.samples]
 
     # The model, and of it what is trained.
@@ -350,7 +353,8 @@ def train(
                 fabric.print(f"step {step}: validation loss {val_loss:.4f} nats per trained token")
                 if metrics:
                     metrics.log(step, tokens=meta["tokens_seen"], val_loss=val_loss)
-                    plot_loss({args.name: metrics.path}, run_dir / "loss.png")
+            if metrics:
+                plot_loss({args.name: metrics.path}, run_dir / "loss.png")
             for prompt in questions:
                 reply = answer(fabric, model, prompt, template)
                 fabric.print(f"--- {template.tokenizer.decode(prompt)[-200:].strip()}\n>>> {reply}")

@@ -199,6 +199,16 @@ def test_data_without_a_conversation_to_train_on(flags, tmp_path):
         train(flags, data=tmp_path / "x.jsonl")
 
 
+def test_without_validation_it_says_so_and_draws_what_there_is(flags, tmp_path):
+    """What was held out cannot be used; and one conversation is trained on, not held out."""
+    (tmp_path / "val.jsonl").write_text('{"instruction": "a", "output": ""}\n')
+    (tmp_path / "one.jsonl").write_text('{"instruction": "the of", "output": "the of"}\n')
+    for name, more in (("a", dict(val_data=tmp_path / "val.jsonl")), ("b", dict(data=tmp_path / "one.jsonl"))):
+        with pytest.warns(UserWarning, match="no validation: .*--val_data"):
+            run_dir = train(flags, epochs=1, name=name, **more)
+        assert (run_dir / "loss.png").exists() and (run_dir / "hf").exists() and not rows(run_dir, "val_loss")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_two_processes_give_the_same_losses(flags, method):
