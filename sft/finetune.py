@@ -88,6 +88,8 @@ class FinetuneArgs:
     """Tokens of a row into which conversations are packed, and the longest conversation; default: the model's."""
     epochs: float = 3.0
     """Passes over the data."""
+    max_steps: int | None = None
+    """Optimizer steps of the whole run, instead of epochs."""
     global_batch_tokens: int = 32_768
     """Tokens in one optimizer step, padding included, over all devices and micro-batches."""
     micro_batch_size: int = 4
@@ -138,7 +140,7 @@ class FinetuneArgs:
 
     def __post_init__(self) -> None:
         positive = ("epochs", "global_batch_tokens", "micro_batch_size", "learning_rate", "grad_clip", "lora_rank")
-        positive += ("lora_alpha", "eval_interval", "stop_at_step")
+        positive += ("lora_alpha", "eval_interval", "max_steps", "stop_at_step")
         check_flags(self, positive)
 
     def peak_lr(self) -> float:
@@ -248,7 +250,7 @@ def main(args: FinetuneArgs) -> None:
 
     n_trained = sum(p.numel() for p in trained.parameters())
     steps_an_epoch = math.ceil(len(train_rows) / args.batch_rows(block_size))
-    max_steps = max(1, round(args.epochs * steps_an_epoch))
+    max_steps = args.max_steps or max(1, round(args.epochs * steps_an_epoch))
     fabric.print(
         f"{args.method}: {n_trained:,} trained parameters on {fabric.world_size} x {fabric.device.type}, "
         f"{args.precision}\n{kernels.table()}\n"

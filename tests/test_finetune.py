@@ -199,6 +199,11 @@ def test_data_without_a_conversation_to_train_on(flags, tmp_path):
         train(flags, data=tmp_path / "x.jsonl")
 
 
+def test_so_many_steps_instead_of_epochs(flags):
+    run_dir = train(flags, max_steps=4)
+    assert rows(run_dir, "learning_rate")[-1] == 0 and len(rows(run_dir, "loss")) == 4 and (run_dir / "hf").is_dir()
+
+
 def test_without_validation_it_says_so_and_draws_what_there_is(flags, tmp_path):
     """What was held out cannot be used; and one conversation is trained on, not held out."""
     (tmp_path / "val.jsonl").write_text('{"instruction": "a", "output": ""}\n')
