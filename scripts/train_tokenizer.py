@@ -9,6 +9,7 @@ characters it does not know); `--kind tokenizers` a tokenizer.json as Llama 3 ha
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,11 +108,21 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             num_threads=os.cpu_count(),
-            minloglevel=1,
+            minloglevel=2,
         )
     except RuntimeError as error:
+        # "... too high (32000). Please set it to a value <= 4940.", "... smaller than required_chars. 200 vs 355. ..."
+        if size := re.search(r"(?:<=|vs) (\d+)", str(error)):
+            raise wrong_size(vocab_size, int(size[1])) from error
         raise ValueError(f"--vocab_size {vocab_size}: {str(error).splitlines()[-1]}") from error
     return model.getvalue()
+
+
+def wrong_size(vocab_size: int, possible: int) -> ValueError:
+    """What to say to a vocabulary that this text cannot have; `possible` is the next one that it can."""
+    if vocab_size > possible:
+        return ValueError(f"--vocab_size {vocab_size}: the text is enough for {possible}; give that, or more text")
+    return ValueError(f"--vocab_size {vocab_size}: delimiters, bytes and characters of the text alone are {possible}")
 
 
 def train_tokenizers(texts: Iterator[str], vocab_size: int) -> bytes:
@@ -131,7 +142,7 @@ def train_tokenizers(texts: Iterator[str], vocab_size: int) -> bytes:
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(f"--vocab_size {vocab_size}: the text is enough for {tokenizer.get_vocab_size()} only")
+        raise wrong_size(vocab_size, tokenizer.get_vocab_size())
     return tokenizer.to_str().encode()
 
 

@@ -3,6 +3,8 @@
 import base64
 import importlib.util
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -252,9 +254,16 @@ def test_train_tokenizer_says_what_is_wrong(tmp_path):
     script = train_tokenizer_script()
     (tmp_path / "a.txt").write_text("too little")
     for kind in ("sentencepiece", "tokenizers"):
-        with pytest.raises(ValueError, match="--vocab_size 30000"):
-            script.main(script.TrainTokenizerArgs(tmp_path, tmp_path / "out", vocab_size=30000, kind=kind))
-    assert not (tmp_path / "out").exists()
+        args = script.TrainTokenizerArgs(tmp_path / "a.txt", tmp_path / "out" / kind, vocab_size=30000, kind=kind)
+        with pytest.raises(ValueError, match=r"^--vocab_size 30000: the text is enough for \d+; ") as most:
+            script.main(args)
+        with pytest.raises(ValueError, match=r"^--vocab_size 200: .* alone are \d+$") as least:
+            script.main(replace(args, vocab_size=200))
+        assert not (tmp_path / "out" / kind).exists()
+        for error in (most, least):  # what is named is what works
+            size = int(re.findall(r"\d+", str(error.value))[-1])
+            script.main(replace(args, vocab_size=size, overwrite=True))
+            assert Tokenizer(tmp_path / "out" / kind).vocab_size == size
 
 
 def test_train_tokenizer_reads_as_much_as_it_says(tmp_path, monkeypatch):
