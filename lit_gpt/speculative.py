@@ -349,29 +349,31 @@ class Speculator:
         running: list[tuple[int, Callable]] = []
         if self.guesses is not None:
             self._begun = 0  # a seed must give the same samples again
-        while not all(done):
-            active = [r for r, d in enumerate(done) if not d]
-            while len(running) < 1 + (passes.device.type == "cuda"):
-                coming = sum(k + 1 for k, _ in running)
-                if coming and n - min(len(rows[r]) for r in active) <= coming:
-                    break
-                # Positions up to the last guess must exist; the last token of a row need not be looked at any more.
-                room = min(length, passes.draft.room()) - max(lengths[r] + len(rows[r]) for r in active) - coming
-                if coming and room < MAX_GUESSES:
-                    break
-                k = self._next(self._begun, room)
-                self._begun += 1
-                running.append((k, passes.begin(k, done, room >= 0, generator)))
-            k, wait = running.pop(0)
-            kept, new, elapsed_s, read_s = wait()
-            self._count(k, [kept[r] for r in active], elapsed_s, read_s)
-            for r in active:
-                done[r] = self._append(rows[r], new[r][: kept[r]] + new[r][-1:], n, eos_id)
-            yield
-        if n < max_new_tokens and not all(row[-1] == eos_id for row in rows):
-            raise ContextFull(block_size, rows)
-        if self.stats.does_not_pay:
-            warnings.warn(f"speculation does not pay here: {self.stats}", stacklevel=3)
+        try:
+            while not all(done):
+                active = [r for r, d in enumerate(done) if not d]
+                while len(running) < 1 + (passes.device.type == "cuda"):
+                    coming = sum(k + 1 for k, _ in running)
+                    if coming and n - min(len(rows[r]) for r in active) <= coming:
+                        break
+                    # Positions up to the last guess must exist; the last token of a row need not be looked at.
+                    room = min(length, passes.draft.room()) - max(lengths[r] + len(rows[r]) for r in active) - coming
+                    if coming and room < MAX_GUESSES:
+                        break
+                    k = self._next(self._begun, room)
+                    self._begun += 1
+                    running.append((k, passes.begin(k, done, room >= 0, generator)))
+                k, wait = running.pop(0)
+                kept, new, elapsed_s, read_s = wait()
+                self._count(k, [kept[r] for r in active], elapsed_s, read_s)
+                for r in active:
+                    done[r] = self._append(rows[r], new[r][: kept[r]] + new[r][-1:], n, eos_id)
+                yield
+            if n < max_new_tokens and not all(row[-1] == eos_id for row in rows):
+                raise ContextFull(block_size, rows)
+        finally:  # also where the text is full, or a stop string ends it
+            if self.stats.does_not_pay:
+                warnings.warn(f"speculation does not pay here: {self.stats}", stacklevel=3)
 
     @staticmethod
     def _append(row: list[int], tokens: list[int], n: int, eos_id: int | None) -> bool:

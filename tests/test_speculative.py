@@ -208,12 +208,21 @@ def test_seeds():
     assert [sample(1) for _ in range(6)] == 6 * [sample(1)]
 
 
-def test_a_slow_draft_is_warned_of():
+@pytest.mark.parametrize("end", ["all tokens", "a full context", "a stop string"])
+def test_a_slow_draft_is_warned_of(end):
     draft = tiny(1.0, n_layer=12)
     with pytest.warns(UserWarning, match="speculation does not pay here: .* times as fast as without"):
         speculator = Speculator(tiny(), draft, 2)
         for _ in range(3):
-            speculator.generate([[5]], 30)
+            if end == "all tokens":
+                speculator.generate([[5]], 30)
+            elif end == "a full context":
+                with pytest.raises(ContextFull):
+                    speculator.generate([[5]], 100)
+            else:
+                text = speculator.stream([5], 50)
+                assert len([next(text) for _ in range(30)]) == 30
+                text.close()
 
 
 def test_what_is_reported_counts_all_passes():
