@@ -18,11 +18,12 @@ from lit_gpt.model import GPT
 
 
 class ContextFull(ValueError):
-    """The model's block_size was reached before max_new_tokens. `generated` holds what there was until then."""
+    """The model's block_size was reached before max_new_tokens. `generated` holds what there was until then, and
+    `logprobs` its log-probabilities, if they were asked for."""
 
-    def __init__(self, block_size: int, generated: list[list[int]]) -> None:
+    def __init__(self, block_size: int, generated: list[list[int]], logprobs: list[list[float]] | None = None) -> None:
         super().__init__(f"the text fills the model's context of {block_size} tokens; no more can be generated")
-        self.generated = generated
+        self.generated, self.logprobs = generated, logprobs
 
 
 # --- choosing a token ------------------------------------------------------------------------------------------------
@@ -277,18 +278,20 @@ def stream(
         ContextFull: after as many tokens as the context holds, when neither max_new_tokens nor EOS came first.
     """
     generated: list[int] = []
+    logprobs: list[float] | None = [] if sampling.get("logprobs") else None
     for chosen in decode(model, [prompt], max_new_tokens=max_new_tokens, **sampling):
-        if sampling.get("logprobs"):
+        if logprobs is not None:
             chosen, logprob = chosen
             generated.append(int(chosen))
-            yield generated[-1], float(logprob)
+            logprobs.append(float(logprob))
+            yield generated[-1], logprobs[-1]
         else:
             generated.append(int(chosen))
             yield generated[-1]
         if generated[-1] == eos_id:
             return
     if len(generated) < max_new_tokens:
-        raise ContextFull(model.config.block_size, [generated])
+        raise ContextFull(model.config.block_size, [generated], None if logprobs is None else [logprobs])
 
 
 def generate(
@@ -307,15 +310,15 @@ def generate(
         sampling: as for `decode`. With logprobs the result is two lists of rows, ids and log-probabilities.
 
     Raises:
-        ContextFull: the longest row filled the context, and a row was not done; `generated` holds all rows so far.
+        ContextFull: the longest row filled the context, and a row was not done; it holds all rows so far.
     """
     B = len(prompts) * sampling.get("num_samples", 1)
     rows: list[list[int]] = [[] for _ in range(B)]
-    logprobs: list[list[float]] = [[] for _ in range(B)]
+    logprobs: list[list[float]] | None = [[] for _ in range(B)] if sampling.get("logprobs") else None
     done = [False] * B
     n = 0
     for n, chosen in enumerate(decode(model, prompts, max_new_tokens=max_new_tokens, **sampling), start=1):  # noqa: B007
-        tokens, log_p = chosen if sampling.get("logprobs") else (chosen, None)
+        tokens, log_p = (chosen, None) if logprobs is None else chosen
         for i, token in enumerate(tokens.tolist()):
             if not done[i]:
                 rows[i].append(token)
@@ -325,8 +328,8 @@ def generate(
         if all(done):
             break
     if n < max_new_tokens and not all(done):
-        raise ContextFull(model.config.block_size, rows)
-    return (rows, logprobs) if sampling.get("logprobs") else rows
+        raise ContextFull(model.config.block_size, rows, logprobs)
+    return rows if logprobs is None else (rows, logprobs)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from lit_gpt.cli import one_line_errors, parse
-from lit_gpt.generate import stream, stream_text
+from lit_gpt.generate import ContextFull, stream, stream_text
 from lit_gpt.hf_tokenizer import starts_with_bos
 from lit_gpt.int8 import quantize_int8
 from lit_gpt.kernels import select_kernels
@@ -106,6 +106,7 @@ def main(
 
     generator = torch.Generator(device).manual_seed(seed)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator)
+    full = None
     for _ in range(num_samples):
         if speculator is not None:
             new_ids = speculator.stream(prompt_ids, max_new_tokens, eos_id=tokenizer.eos_id, **sampling)
@@ -115,12 +116,15 @@ def main(
         t0, n, scored = time.perf_counter(), 0, []
 
         def counted(ids=new_ids, scored=scored):
-            nonlocal n
-            for n, new_id in enumerate(ids, start=1):  # noqa: B007
-                if logprobs:
-                    scored.append(new_id)
-                    new_id = new_id[0]
-                yield new_id
+            nonlocal n, full
+            try:
+                for n, new_id in enumerate(ids, start=1):  # noqa: B007
+                    if logprobs:
+                        scored.append(new_id)
+                        new_id = new_id[0]
+                    yield new_id
+            except ContextFull as e:
+                full = e  # which is said when all samples have been written
 
         print(prompt, end="", flush=True)
         try:
@@ -128,12 +132,15 @@ def main(
                 print(piece, end="", flush=True)
         finally:
             print()
+            new_ids.close()  # where a stop string left it
         elapsed_s = time.perf_counter() - t0
         for new_id, logprob in scored:
             print(f"{logprob:9.4f}  {new_id:>6}  {tokenizer.decode([new_id])!r}", file=sys.stderr)
         print(f"{n} tokens in {elapsed_s:.1f} s, {n / elapsed_s:.1f} tokens/s", file=sys.stderr)
     if speculator is not None:
         print(speculator.stats, file=sys.stderr)
+    if full is not None:
+        raise full
 
 
 if __name__ == "__main__":

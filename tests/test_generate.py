@@ -7,6 +7,7 @@ from lit_gpt import Config, decoder
 from lit_gpt.generate import ContextFull, generate, penalise, probabilities, stop_at, stream, stream_text
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
+from lit_gpt.tokenizer import Tokenizer
 from tests.tiny import DYNAMIC, TINY, random_weights, run_script, write_lit_folder
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
@@ -173,7 +174,14 @@ def test_the_context_limit_keeps_what_was_generated():
     assert got == caught.value.generated[0] == greedy_without_cache(model, prompt, 6)
     with pytest.raises(ContextFull) as caught:
         generate(model, PROMPTS, 100)
-    assert [len(row) for row in caught.value.generated] == [6, 6, 6]
+    assert [len(row) for row in caught.value.generated] == [6, 6, 6] and caught.value.logprobs is None
+    with pytest.raises(ContextFull) as caught:
+        generate(model, PROMPTS, 100, logprobs=True)
+    assert (caught.value.generated, caught.value.logprobs) == generate(model, PROMPTS, 6, logprobs=True)
+    with pytest.raises(ContextFull) as caught:
+        list(stream(model, prompt, 100, logprobs=True))
+    [row], [logprobs] = caught.value.generated, caught.value.logprobs
+    assert list(zip(row, logprobs, strict=True)) == list(stream(model, prompt, 6, logprobs=True))
     eos = got[-1]
     assert list(stream(model, prompt, 100, eos_id=eos))[-1] == eos  # nobody is cut off: no error
 
@@ -251,8 +259,6 @@ def test_a_stop_ends_a_row_of_a_batch():
 
 @pytest.mark.shared
 def test_streamed_text_of_a_real_tokenizer(shared_data):
-    from lit_gpt.tokenizer import Tokenizer
-
     tokenizer = Tokenizer(shared_data / "tokenizer" / "llama2")
     text = "The first  words,\nthen 你好世界 and 𝔘𝔫𝔦 😀👩‍👩‍👧 code:\n    return x"
     ids = tokenizer.encode(text, bos=True, eos=True)
@@ -296,12 +302,25 @@ def test_command_line_drafts_stops_and_scores(tmp_path, capsys):
     assert message.startswith("error: --logprobs and --repetition_penalty do not go together")
 
 
+@pytest.mark.filterwarnings("ignore:speculation does not pay")
 def test_command_line_at_the_context_limit(tmp_path, capsys):
+    """All samples, as far as they go, with all that is said of them; then the error."""
     write_lit_folder(tmp_path / "lit")
-    flags = ("--checkpoint_dir", tmp_path / "lit", "--prompt", "def ", "--max_new_tokens", 200)
-    message = run_script("generate.py", *flags, "--temperature", 0)
-    assert message.startswith("error: the text fills the model's context of 64 tokens")
-    assert len(capsys.readouterr().out) > 30  # what there was until then
+    flags = ("--checkpoint_dir", tmp_path / "lit", "--prompt", "def ", "--temperature", 0, "--num_samples", 2)
+
+    def run(n: int, *more) -> tuple[int | str, str, str]:
+        return run_script("generate.py", *flags, "--max_new_tokens", n, *more), *capsys.readouterr()
+
+    fit = 65 - len(Tokenizer(tmp_path / "lit").encode("def ", bos=True, eos=False))
+    code, out, err = run(fit)
+    assert code == 0 and err.count(f"{fit} tokens in") == 2
+    for more in (("--logprobs", "true"), ("--prompt_lookup", "true")):
+        code, cut, err = run(200, *more)
+        assert code.startswith("error: the text fills the model's context of 64 tokens")
+        assert cut == out and err.count(f"{fit} tokens in") == 2
+        scored = [line for line in err.splitlines() if line.startswith("  ")]
+        assert len(scored) == (2 * fit if "--logprobs" in more else 0)
+        assert ("guesses accepted" in err) == ("--prompt_lookup" in more)
 
 
 @pytest.mark.parametrize(
