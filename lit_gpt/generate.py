@@ -132,6 +132,7 @@ def check_settings(
     max_new_tokens: int | None,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    num_samples: int = 1,
 ) -> None:
     """Raise ValueError naming the setting that makes no sense."""
     if not temperature >= 0:
@@ -146,6 +147,8 @@ def check_settings(
         raise ValueError(f"repetition_penalty {repetition_penalty}: give more than 0; 1 changes nothing")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens}: give 1 or more")
+    if num_samples < 1:
+        raise ValueError(f"num_samples {num_samples}: give 1 or more")
 
 
 def check_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> None:
@@ -195,7 +198,7 @@ def decode(
         ValueError: an empty prompt, an id that the model does not have, a prompt longer than the context, or settings
             that make no sense.
     """
-    check_settings(temperature, top_k, top_p, max_new_tokens, min_p, repetition_penalty)
+    check_settings(temperature, top_k, top_p, max_new_tokens, min_p, repetition_penalty, num_samples)
     check_prompts(model, prompts)
     c, device = model.config, model.transformer.wte.weight.device
     longest = max(map(len, prompts))
@@ -300,13 +303,11 @@ def generate(
     max_new_tokens: int,
     *,
     eos_id: int | None = None,
-    stop: Callable[[list[int]], bool] | None = None,
     **sampling,
 ) -> list[list[int]]:
     """The ids that follow each prompt, up to its EOS, which is included, or max_new_tokens. As `stream`, for a batch.
 
     Args:
-        stop: ends a row as well, when it says so of the ids so far; see `stop_at`.
         sampling: as for `decode`. With logprobs the result is two lists of rows, ids and log-probabilities.
 
     Raises:
@@ -324,7 +325,7 @@ def generate(
                 rows[i].append(token)
                 if log_p is not None:
                     logprobs[i].append(log_p[i].item())
-                done[i] = token == eos_id or (stop is not None and stop(rows[i]))
+                done[i] = token == eos_id
         if all(done):
             break
     if n < max_new_tokens and not all(done):
@@ -337,18 +338,6 @@ def generate(
 
 class TextDecoder(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
-
-
-def stop_at(tokenizer: TextDecoder, strings: Sequence[str]) -> Callable[[list[int]], bool]:
-    """Whether the text of some ids contains one of the strings, which no proper prefix of the ids does: for `generate`,
-    which asks after every token."""
-    longest = max(len(s.encode()) for s in strings) + 8  # tokens that can hold them; a token is a byte at least
-
-    def stop(ids: list[int]) -> bool:
-        text = tokenizer.decode(ids[-longest:])
-        return any(s in text for s in strings)
-
-    return stop
 
 
 def stream_text(

@@ -329,7 +329,7 @@ class Speculator:
             ContextFull: as generate.generate does.
             ValueError: as generate.decode does.
         """
-        check_settings(temperature, top_k, top_p, max_new_tokens, min_p)
+        check_settings(temperature, top_k, top_p, max_new_tokens, min_p, num_samples=num_samples)
         check_prompts(self.target, prompts)
         block_size, longest = self.target.config.block_size, max(map(len, prompts))
         n = min(max_new_tokens, block_size - longest + 1)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from lit_gpt.cli import one_line_errors, parse
-from lit_gpt.generate import ContextFull, stream, stream_text
+from lit_gpt.generate import ContextFull, check_settings, stream, stream_text
 from lit_gpt.hf_tokenizer import starts_with_bos
 from lit_gpt.int8 import quantize_int8
 from lit_gpt.kernels import select_kernels
@@ -37,6 +37,7 @@ def main(
     seed: int = 1337,
     draft_dir: Path | None = None,
     prompt_lookup: bool = False,
+    guesses: int | None = None,
     int8: bool = False,
     logprobs: bool = False,
     tokenizer_path: Path | None = None,
@@ -58,11 +59,12 @@ def main(
         top_p: Choose among the fewest tokens that have this probability together.
         min_p: Choose among the tokens at least so many times as likely as the likeliest.
         repetition_penalty: More than 1 makes what is in the text already less likely.
-        stop: Strings that end the text, and are not written.
+        stop: Strings that end the text, and are not written, as a list: '["."]', '["\\n\\n", "User:"]'.
         num_samples: Continuations to write.
-        seed: Of the choices.
+        seed: Of the choices. The same one gives the same text, with a draft or --prompt_lookup if --guesses is given.
         draft_dir: A smaller model with the same tokenizer, whose guesses make this one faster and change nothing else.
         prompt_lookup: The same with guesses from the text itself: for texts that repeat what they hold.
+        guesses: Of the draft or --prompt_lookup in each pass of the model; default: as many as pay, by the clock.
         int8: Round the weights to 8 bits: nearly twice as fast on a GPU, half the memory, a little less exact.
         logprobs: Print each token with its log-probability (by the model alone, temperature 1) to stderr.
         tokenizer_path: Folder or file; default: the one that is kept with the model.
@@ -72,6 +74,9 @@ def main(
         device: cpu, cuda or mps; auto takes a GPU if there is one.
         dtype: Of weights and arithmetic; default: bfloat16 on a GPU, float32 on a CPU.
     """
+    check_settings(temperature, top_k, top_p, max_new_tokens, min_p, repetition_penalty, num_samples)
+    if "" in stop:
+        raise ValueError("--stop holds an empty string, which ends every text before its first character: leave it out")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, dtype) if dtype else torch.float32 if device == "cpu" else torch.bfloat16
@@ -100,9 +105,9 @@ def main(
     if draft_dir is not None:
         found_draft = open_pretrained(draft_dir)
         refuse_different_tokenizers(found, found_draft)
-        speculator = Speculator(model, load_model(found_draft, kernels, device, dtype))
+        speculator = Speculator(model, load_model(found_draft, kernels, device, dtype), guesses)
     elif prompt_lookup:
-        speculator = Speculator(model)
+        speculator = Speculator(model, None, guesses)
 
     generator = torch.Generator(device).manual_seed(seed)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator)

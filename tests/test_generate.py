@@ -1,10 +1,11 @@
 import json
+import re
 
 import pytest
 import torch
 
 from lit_gpt import Config, decoder
-from lit_gpt.generate import ContextFull, generate, penalise, probabilities, stop_at, stream, stream_text
+from lit_gpt.generate import ContextFull, generate, penalise, probabilities, stream, stream_text
 from lit_gpt.model import GPT
 from lit_gpt.pretrained import Pretrained, load_model, open_pretrained
 from lit_gpt.tokenizer import Tokenizer
@@ -198,6 +199,8 @@ def test_the_context_limit_keeps_what_was_generated():
         ([1], dict(min_p=1.5), "min_p 1.5"),
         ([1], dict(repetition_penalty=0.0), "repetition_penalty 0.0"),
         ([1], dict(max_new_tokens=0), "max_new_tokens 0"),
+        ([1], dict(num_samples=0), "num_samples 0: give 1 or more"),
+        ([1], dict(num_samples=-1), "num_samples -1"),
     ],
 )
 def test_settings_that_make_no_sense(prompt, settings, message):
@@ -241,20 +244,6 @@ def test_half_a_character_at_the_end_is_shown_as_such():
 def test_stop_strings(text, stop, want):
     pieces = list(stream_text(Bytes(), [*b"x"], iter(text.encode()), stop))
     assert "".join(pieces) == want
-    ids = list(text.encode())
-    stops = stop_at(Bytes(), stop)
-    ends = [n for n in range(1, len(ids) + 1) if stops(ids[:n])]
-    assert bool(ends) == (want != text)
-    if ends:
-        assert any(bytes(ids[: ends[0]]).endswith(s.encode()) for s in stop)
-
-
-def test_a_stop_ends_a_row_of_a_batch():
-    model = tiny()
-    free = generate(model, PROMPTS, 20)
-    cut = generate(model, PROMPTS, 20, stop=lambda ids: ids[-1] == free[1][4])
-    want = [row[: row.index(free[1][4]) + 1] if free[1][4] in row else row for row in free]
-    assert cut == want != free
 
 
 @pytest.mark.shared
@@ -303,6 +292,25 @@ def test_command_line_drafts_stops_and_scores(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:speculation does not pay")
+@pytest.mark.parametrize("how", ["--draft_dir", "--prompt_lookup"])
+def test_command_line_seeds_with_guesses(tmp_path, capsys, how):
+    """A fixed number of them, as otherwise the clock chooses it."""
+    write_lit_folder(tmp_path / "lit")
+    write_lit_folder(tmp_path / "draft", n_layer=1)
+    flags = ("--checkpoint_dir", tmp_path / "lit", "--prompt", "def f(x): def f(x", "--num_samples", 2)
+    flags += (how, tmp_path / "draft" if how == "--draft_dir" else "true", "--guesses", 3, "--max_new_tokens", 30)
+
+    def text(seed: int) -> str:
+        assert run_script("generate.py", *flags, "--seed", seed) == 0
+        out = capsys.readouterr()
+        guessed = int(re.search(r"of (\d+) guesses", out.err)[1])
+        assert guessed > 30 and guessed % 3 == 0
+        return out.out
+
+    assert text(1) == text(1) != text(2)
+
+
+@pytest.mark.filterwarnings("ignore:speculation does not pay")
 def test_command_line_at_the_context_limit(tmp_path, capsys):
     """All samples, as far as they go, with all that is said of them; then the error."""
     write_lit_folder(tmp_path / "lit")
@@ -321,6 +329,18 @@ def test_command_line_at_the_context_limit(tmp_path, capsys):
         scored = [line for line in err.splitlines() if line.startswith("  ")]
         assert len(scored) == (2 * fit if "--logprobs" in more else 0)
         assert ("guesses accepted" in err) == ("--prompt_lookup" in more)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--stop", '[".", ""]'), "--stop holds an empty string"),
+        (("--num_samples", 0), "num_samples 0: give 1 or more"),
+        (("--temperature", -1), "temperature -1.0: give 0"),
+    ],
+)
+def test_command_line_settings_are_looked_at_before_the_model(tmp_path, flags, message):
+    assert message in run_script("generate.py", "--checkpoint_dir", tmp_path / "none", *flags)
 
 
 @pytest.mark.parametrize(

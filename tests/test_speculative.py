@@ -291,6 +291,11 @@ def test_the_number_of_guesses_settles_where_nothing_was_measured(base_s, each_s
     assert tokens_per_s(usual) > 0.95 * max(map(tokens_per_s, range(11)))
 
 
+def test_no_samples_are_refused():
+    with pytest.raises(ValueError, match="num_samples 0: give 1 or more"):
+        Speculator(tiny()).generate(PROMPTS, 5, num_samples=0)
+
+
 @pytest.mark.parametrize("guesses", [0, 11])
 def test_numbers_of_guesses_that_make_no_sense(guesses):
     with pytest.raises(ValueError, match="give 1 to 10"):
