@@ -33,9 +33,24 @@ STUCK_S = 60.0  # waiting for data longer than this is reported, again and again
 COLLECTIVE_S = 600  # no collective waits longer, even if every process is alive
 
 
-def processes(per_node: int, num_nodes: int = 1) -> tuple[int, int]:
-    """Of this node and of the whole run: as the launcher (torchrun, fabric) says, or else as asked for."""
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", per_node))
+def on_gpu(accelerator: str) -> bool:
+    """Whether a run with this --accelerator is on CUDA devices. Raises: ValueError if it asks for what is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if not {"cuda": cuda, "mps": mps, "gpu": cuda or mps}.get(accelerator, True):
+        raise ValueError(f"--accelerator {accelerator}: PyTorch sees no GPU here")
+    return cuda and accelerator in ("auto", "cuda", "gpu")
+
+
+def processes(devices: int | str, on_gpu: bool, num_nodes: int = 1) -> tuple[int, int]:
+    """Of this node and of the whole run: as the launcher (torchrun, fabric) says, or else as asked for; auto is all
+    GPUs, or the CPU. Raises: ValueError if more GPUs are asked for than there are."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    else:
+        gpus = torch.cuda.device_count() if on_gpu else 0
+        per_node = (gpus or 1) if devices == "auto" else int(devices)
+        if on_gpu and per_node > gpus:
+            raise ValueError(f"--devices {devices}: this machine has {gpus} GPU{'s' * (gpus != 1)}")
     return per_node, int(os.environ.get("WORLD_SIZE", per_node * num_nodes))
 
 

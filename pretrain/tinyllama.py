@@ -635,11 +635,10 @@ class Strategy(ModelParallelStrategy):
 def launch(args: TrainArgs, config: Config) -> Fabric:
     """A running Fabric, and what args leave to be decided by the machine: precision and sharding."""
     torch.set_float32_matmul_precision("high")
-    on_gpu = args.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+    on_gpu = cluster.on_gpu(args.accelerator)
     if args.precision == "auto":
         args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    per_node = int(args.devices if args.devices != "auto" else torch.cuda.device_count() if on_gpu else 1)
-    per_node, world_size = cluster.processes(per_node, args.num_nodes)
+    per_node, world_size = cluster.processes(args.devices, on_gpu, args.num_nodes)
 
     if args.sharding == "auto":
         plan = memory_plan(config, args.micro_batch_size * config.block_size, args.recompute, sharers=per_node)

@@ -196,7 +196,7 @@ def launch(device: str, devices: int) -> str:
     from lightning_fabric import Fabric
 
     accelerator = "cuda" if device == "cuda" else "cpu"
-    devices, world_size = cluster.processes(devices)
+    devices, world_size = cluster.processes(devices, on_gpu=accelerator == "cuda")
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=world_size // devices, strategy="ddp")
     fabric.launch()
     if not fabric.is_global_zero:

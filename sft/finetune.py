@@ -512,7 +512,7 @@ def write_result(
 def launch(args: FinetuneArgs) -> Fabric:
     """A running Fabric: one device as it is; several through FSDP2, or with the frozen model on each."""
     torch.set_float32_matmul_precision("high")
-    on_gpu = args.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+    on_gpu = cluster.on_gpu(args.accelerator)
     if args.precision == "auto":
         args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     bf16 = args.precision == "bf16"
@@ -526,8 +526,7 @@ def launch(args: FinetuneArgs) -> Fabric:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh, mp_policy=policy)
 
-    devices = int(args.devices) if args.devices != "auto" else torch.cuda.device_count() if on_gpu else 1
-    devices, world_size = cluster.processes(devices)
+    devices, world_size = cluster.processes(args.devices, on_gpu)
     strategy = "auto"
     if world_size > 1:
         strategy = ModelParallelStrategy(shard) if args.method == "full" else DDPStrategy()

@@ -7,6 +7,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from lit_gpt.checkpoint import Checkpointer
 from lit_gpt.model import GPT
 from lit_gpt.optim import init_adam, param_groups
 
+ROOT = Path(__file__).parent.parent
 CONFIG = Config(
     "t", block_size=16, vocab_size=64, n_layer=1, n_embd=64, n_head=4, n_query_groups=2, intermediate_size=96
 )
@@ -314,6 +317,43 @@ class TestWaiting:
         problem, _ = pickle.loads(pipe.recv_bytes())
         assert "OSError: rank 0 gets no data" in problem
         process.join()
+
+
+class TestGpus:
+    """What is asked for and not there."""
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        self.has_gpus(monkeypatch, 0)
+
+    def has_gpus(self, monkeypatch, n: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+
+    @pytest.mark.parametrize("command", ["pretrain/tinyllama.py", "sft/finetune.py --base x --data x"])
+    def test_none(self, command):
+        command = [sys.executable, *command.split(), "--accelerator", "cuda"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert done.returncode == 1 and done.stderr == "error: --accelerator cuda: PyTorch sees no GPU here\n"
+
+    def test_too_few(self, monkeypatch):
+        assert not cluster.on_gpu("auto") and cluster.processes("auto", on_gpu=False) == (1, 1)
+        assert cluster.processes("8", on_gpu=False, num_nodes=2) == (8, 16)  # on CPUs
+        self.has_gpus(monkeypatch, 1)
+        assert cluster.on_gpu("auto") and cluster.on_gpu("cuda") and not cluster.on_gpu("cpu")
+        with pytest.raises(ValueError, match="^--devices 8: this machine has 1 GPU$"):
+            cluster.processes(8, on_gpu=True)
+        self.has_gpus(monkeypatch, 4)
+        assert cluster.processes("auto", on_gpu=True) == (4, 4) and cluster.processes("2", on_gpu=True) == (2, 2)
+        with pytest.raises(ValueError, match="^--devices 8: this machine has 4 GPUs$"):
+            cluster.processes("8", on_gpu=True)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setenv("WORLD_SIZE", "16")
+        assert cluster.processes("auto", on_gpu=True) == (2, 16)  # the launcher knows
 
 
 def test_ranks_are_listed_shortly():
