@@ -135,3 +135,15 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)  # what a shell reports for Ctrl-C
+
+
+@contextmanager
+def out_of_memory(way_out: str) -> Iterator[None]:
+    """torch's OutOfMemoryError, also of a function decorated with this, becomes a ValueError that ends in `way_out`."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        asked_and_there = ". ".join(str(e).split(". ")[:3])  # the rest is about fragments
+        raise ValueError(f"{asked_and_there}. {way_out}") from e

@@ -224,8 +224,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        own = isinstance(error, torch.OutOfMemoryError)  # never an echo
-        if self.store is not None and isinstance(error, RuntimeError) and not own:
+        if self.store is not None and isinstance(error, RuntimeError):
             # Perhaps only the echo of another rank's death: give its neighbour the time to find out, then end there.
             self._end.wait(SILENCE_S + 5)
         self._end.set()

@@ -39,7 +39,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lit_gpt import checkpoint, cluster
 from lit_gpt.checkpoint import Checkpointer
-from lit_gpt.cli import check_flags, one_line_errors, parse
+from lit_gpt.cli import check_flags, one_line_errors, out_of_memory, parse
 from lit_gpt.config import Config
 from lit_gpt.hf import check_weights
 from lit_gpt.interrupt import Interrupt
@@ -263,6 +263,7 @@ def main(args: TrainArgs) -> int:
     return args.requeue_exit_code if interrupted else 0
 
 
+@out_of_memory("Give a smaller --micro_batch_size, or --recompute true; --plan 1xH100 says what a run takes")
 def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch) -> bool:
     """Everything up to the first step, and then `train`. Returns whether a signal ended it early."""
     run_dir = args.out_dir / args.name
@@ -640,10 +641,16 @@ def launch(args: TrainArgs, config: Config) -> Fabric:
         args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     per_node, world_size = cluster.processes(args.devices, on_gpu, args.num_nodes)
 
+    plan = memory_plan(config, args.micro_batch_size * config.block_size, args.recompute, sharers=per_node)
+    needed, there = sum(plan.values()), torch.cuda.get_device_properties(0).total_memory if on_gpu else math.inf
     if args.sharding == "auto":
-        plan = memory_plan(config, args.micro_batch_size * config.block_size, args.recompute, sharers=per_node)
-        fits = not on_gpu or sum(plan.values()) < 0.9 * torch.cuda.get_device_properties(0).total_memory
-        args.sharding = "optimizer" if fits else "fsdp"
+        args.sharding = "optimizer" if needed < 0.9 * there else "fsdp"
+    if world_size == 1 and needed > 0.95 * there:  # no more than a warning: the plan is within 10%
+        warnings.warn(
+            f"this run is planned to take {needed / 1e9:.1f} GB, and the GPU has {there / 1e9:.1f}: it may need a "
+            "smaller --micro_batch_size, or --recompute true",
+            stacklevel=2,
+        )
     by_default = {"ddp": 1, "optimizer": min(per_node, world_size), "fsdp": world_size}[args.sharding]
     sharers = args.shard_devices or by_default
     if world_size % sharers:

@@ -37,7 +37,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from lit_gpt import checkpoint, cluster
 from lit_gpt.chat_data import ChatBatch, PackedRows, load_conversations, pack_conversations
 from lit_gpt.chat_template import ChatTemplate, Message
-from lit_gpt.cli import check_flags, one_line_errors, parse
+from lit_gpt.cli import check_flags, one_line_errors, out_of_memory, parse
 from lit_gpt.hf import export
 from lit_gpt.hf_tokenizer import export_tokenizer, starts_with_bos
 from lit_gpt.hub import local_folder
@@ -171,6 +171,7 @@ class FinetuneArgs:
             raise ValueError("; ".join(problems))
 
 
+@out_of_memory("Give a smaller --micro_batch_size, --recompute true, or --method lora or qlora")
 def main(args: FinetuneArgs) -> None:
     fabric = launch(args)
     run_dir = args.out_dir / args.name

@@ -11,7 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -227,7 +230,8 @@ class TestRanks:
         ranks = start_ranks(2, has_no_memory_on_rank_1, flags, log_dir=tmp_path)
         self.says(ranks, tmp_path, "rank 0 computes")
         logs = self.ends(ranks, tmp_path, within_s=cluster.SILENCE_S - 5)
-        assert "ended in step 1 with OutOfMemoryError: CUDA out of memory" in logs[0], logs[0]
+        assert "ended in step 1 with ValueError: CUDA out of memory" in logs[0], logs[0]
+        assert "--micro_batch_size" in logs[0]
 
     def test_a_killed_reader_ends_all_ranks_at_once(self, flags, tmp_path):  # noqa: F811
         flags = dict(flags, max_steps=10**6, num_workers=1, eval_interval=10**6, save_interval=10**6)
@@ -320,7 +324,7 @@ class TestWaiting:
 
 
 class TestGpus:
-    """What is asked for and not there."""
+    """What is asked for, devices or memory, and not there."""
 
     @pytest.fixture(autouse=True)
     def machine(self, monkeypatch):
@@ -354,6 +358,29 @@ class TestGpus:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         monkeypatch.setenv("WORLD_SIZE", "16")
         assert cluster.processes("auto", on_gpu=True) == (2, 16)  # the launcher knows
+
+    def test_too_little_memory_is_said_before_the_run(self, monkeypatch):
+        config, args = tinyllama.Config.from_name("tiny_LLaMA_1b"), tinyllama.TrainArgs(precision="bf16")
+        self.has_gpus(monkeypatch, 1)
+        monkeypatch.setattr(tinyllama, "Fabric", MagicMock())
+        with warnings.catch_warnings(record=True) as seen:
+            for gb in (24, 80):
+                properties = SimpleNamespace(total_memory=gb * 1e9)
+                monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, is_=properties: is_)
+                tinyllama.launch(args, config)
+        [line] = [str(w.message) for w in seen]
+        assert line.startswith("this run is planned to take 38.3 GB, and the GPU has 24.0: it may need a smaller --m")
+
+    def test_out_of_memory_is_a_line_with_the_way_out(self, monkeypatch, flags):  # noqa: F811
+        def forward(*_):
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.06 "
+                "GiB is free. Of the allocated memory 21.00 GiB is allocated by PyTorch, and 9 MiB is reserved"
+            )
+
+        monkeypatch.setattr(tinyllama, "forward", forward)
+        with pytest.raises(ValueError, match="^CUDA .* 2.00 GiB. GPU 0 .* is free. Give a smaller --micro_batch_size"):
+            train(flags)
 
 
 def test_ranks_are_listed_shortly():

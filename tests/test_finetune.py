@@ -231,6 +231,15 @@ def test_two_processes_give_the_same_losses(flags, method):
     assert (flags["out_dir"] / "two" / ("hf" if method == "full" else "adapters")).is_dir()
 
 
+def test_out_of_memory_is_a_line_with_the_way_out(flags, monkeypatch):
+    def forward(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 24 GiB. And so on")
+
+    monkeypatch.setattr(finetune.GPT, "forward", forward)
+    with pytest.raises(ValueError, match="^CUDA out of memory.* 24 GiB. Give a smaller --micro_batch_size.* qlora$"):
+        train(flags)
+
+
 @pytest.mark.long
 def test_the_command_line_and_its_one_line_errors(flags):
     words = [w for k, v in dict(flags, base="owner/nothing").items() for w in (f"--{k}", str(v))]
