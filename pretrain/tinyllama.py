@@ -228,10 +228,15 @@ class TrainArgs:
                 f"--global_batch_tokens {self.global_batch_tokens:,} is not a multiple of {micro_step:,} = "
                 f"{block_size} tokens x --micro_batch_size {self.micro_batch_size} x {world_size} device(s)"
             )
+        phases = {"warmup_steps": self.warmup_steps}
+        if self.schedule == "wsd":
+            phases["decay_steps"] = self.decay_steps
         if max_steps < 1:
             problems.append(f"the run would have {max_steps} steps of {self.global_batch_tokens:,} tokens")
-        elif self.warmup_steps + (self.decay_steps if self.schedule == "wsd" else 0) > max_steps:
-            problems.append(f"--warmup_steps and --decay_steps do not fit the run's {max_steps:,} steps")
+        elif sum(phases.values()) > max_steps:
+            given = " + ".join(f"--{flag} {steps}" for flag, steps in phases.items())
+            fewer = " ".join(f"--{flag} {max_steps // 10}" for flag in phases)
+            problems.append(f"{given} is more than the run's {max_steps:,} steps: give fewer, e.g. {fewer}")
         if not 0 <= self.min_lr <= self.learning_rate:
             problems.append(f"--min_lr {self.min_lr} is not between 0 and --learning_rate {self.learning_rate}")
         if self.release_schedule is not None:
@@ -352,8 +357,10 @@ def setup(fabric: Fabric, args: TrainArgs, config: Config, watch: cluster.Watch)
             if was != now and flag != "resume":
                 report(f"  --{flag} was {was} and is now {now}")
 
+    changed = ", ".join(f"{field} {value}" for field, value in args.model_overrides.items())
     report(
-        f"{config.name}: {n_parameters:,} parameters on {fabric.world_size} x {fabric.device.type}, {args.precision}"
+        f"{config.name}{' with ' if changed else ''}{changed}: {n_parameters:,} parameters "
+        f"on {fabric.world_size} x {fabric.device.type}, {args.precision}"
         f"{sharing(args, fabric)}\n"
         f"{kernels.table()}\n"
         f"batch: {args.global_batch_tokens:,} tokens = {config.block_size} tokens x {args.micro_batch_size} sequences "

@@ -132,8 +132,9 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.filterwarnings("ignore:.*no manifest")
 class TestInOneProcess:
-    def test_a_run_learns_validates_saves_and_draws(self, flags):
+    def test_a_run_learns_validates_saves_and_draws(self, flags, capsys):
         run_dir = train(flags)
+        assert "tiny_LLaMA_demo with n_layer 2, n_embd 32, n_head 4," in capsys.readouterr().out
         by_step = losses(run_dir)
         assert list(by_step) == list(range(1, 9))
         assert by_step[8] < by_step[1] - 0.2
@@ -293,7 +294,11 @@ class TestInOneProcess:
         [
             (dict(micro_batch_size=3), "--global_batch_tokens 512 is not a multiple of 96"),
             (dict(min_lr=1.0), "--min_lr 1.0 is not between"),
-            (dict(warmup_steps=9), "--warmup_steps and --decay_steps do not fit"),
+            (dict(warmup_steps=9), "^--warmup_steps 9 is more than the run's 8 steps: .* e.g. --warmup_steps 0"),
+            (
+                dict(schedule="wsd", max_steps=60, warmup_steps=9, decay_steps=52),
+                r"^--warmup_steps 9 \+ --decay_steps 52 is more.* 60 steps.* e.g. --warmup_steps 6 --decay_steps 6$",
+            ),
             (dict(max_tokens=512), "give one of --max_tokens, --max_steps and --max_epochs"),
             (dict(model="tiny_llama_1b"), "Did you mean 'tiny_LLaMA_1b'"),
             (dict(model_overrides={**MODEL, "vocab_size": 100}), r"outside the model's vocabulary \[0, 100\)"),
