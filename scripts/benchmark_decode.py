@@ -52,15 +52,14 @@ def decode(
         kernels: backends, as pretrain/tinyllama.py's --kernels.
         json: write the rows to this file as well.
     """
-    for name in peer or ():
-        if name not in PEERS:
-            raise ValueError(f"--peer {name}: known are {', '.join(PEERS)}")
+    c = Config.from_name(model)
+    batch_size, prompt_length, new_tokens = batch_size or [1], prompt_length or [128], new_tokens or [128]
+    check_decode(c, batch_size, prompt_length, new_tokens, num_samples, peer or [])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    c = Config.from_name(model)
     bandwidth = copy_bandwidth(device)
     print(f"device copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
-    sizes = [(b, p, n) for b in batch_size or [1] for p in prompt_length or [128] for n in new_tokens or [128]]
+    sizes = [(b, p, n) for b in batch_size for p in prompt_length for n in new_tokens]
     rows = []
     for name in [*("ours int8" if q else "ours" for q in ([False] if int8 is None else int8)), *(peer or [])]:
         if name in PEERS:
@@ -100,6 +99,24 @@ def decode(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     report(rows, json)
+
+
+def check_decode(
+    c: Config, batch_size: list[int], prompt_length: list[int], new_tokens: list[int], num_samples: int, peer: list[str]
+) -> None:
+    """Raise ValueError naming all flags that make no sense. What does not fit the context would end early, and its rate
+    be that of tokens that nobody wrote."""
+    problems = [f"--peer {name}: known are {', '.join(PEERS)}" for name in peer if name not in PEERS]
+    counts = dict(batch_size=batch_size, prompt_length=prompt_length, new_tokens=new_tokens, num_samples=[num_samples])
+    problems += [f"--{flag} {n}: give 1 or more" for flag, values in counts.items() for n in values if n < 1]
+    problems += [
+        f"--prompt_length {p} and --new_tokens {n} exceed the {c.block_size + 1} tokens that {c.name} takes"
+        for p in prompt_length
+        for n in new_tokens
+        if p + n > c.block_size + 1  # the last token is not read
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def build(c: Config, kernels: str, device: torch.device, dtype: torch.dtype) -> GPT:

@@ -30,6 +30,33 @@ def test_every_combination_is_a_row_and_a_failed_one_costs_no_other(benchmark, t
     assert "| tiny_LLaMA_demo | torch | fp32 | 512 | 2 |" in capsys.readouterr().out
 
 
+def test_decode_has_a_row_for_every_size_and_number_format(benchmark, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    sizes = dict(batch_size=[1, 2], prompt_length=[4, 254], new_tokens=[3], num_samples=2)  # 254 + 3 fit just so
+    benchmark["decode"]("tiny_LLaMA_demo", **sizes, int8=[False, True], kernels="torch", json=path)
+    rows = json.loads(path.read_text())
+    assert [(row["by"], row["batch"], row["prompt"]) for row in rows] == [
+        (name, b, p) for name in ("ours", "ours int8") for b in (1, 2) for p in (4, 254)
+    ]
+    assert all(row["tokens/s"] > 0 and row["tokens/s in all"] > 0 and row["first token ms"] > 0 for row in rows)
+    assert "| ours int8 | 2 | 2 | 254 | 3 |" in capsys.readouterr().out
+
+
+def test_decode_refuses_what_the_context_does_not_hold(benchmark, monkeypatch):
+    for name in ("build", "copy_bandwidth"):
+        monkeypatch.setitem(benchmark["decode"].__globals__, name, None)
+    sizes = dict(prompt_length=[4, 100], new_tokens=[253, 254, 157], batch_size=[0], num_samples=-1, peer=["vllm"])
+    with pytest.raises(ValueError) as caught:
+        benchmark["decode"]("tiny_LLaMA_demo", **sizes)
+    both = "--prompt_length {} and --new_tokens {} exceed the 257 tokens that tiny_LLaMA_demo takes"
+    assert str(caught.value).split("; ") == [
+        "--peer vllm: known are hf, hf-static",
+        "--batch_size 0: give 1 or more",
+        "--num_samples -1: give 1 or more",
+        *(both.format(*pair) for pair in ((4, 254), (100, 253), (100, 254))),
+    ]
+
+
 def test_plan_prints_parts_and_cards(benchmark, capsys):
     benchmark["plan"]("tiny_LLaMA_1b", 8)
     out = capsys.readouterr().out
