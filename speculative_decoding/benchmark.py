@@ -64,7 +64,13 @@ def main(
         device: cpu or cuda; auto takes a GPU if there is one.
         dtype: Of weights and arithmetic; default: bfloat16 on a GPU, float32 on a CPU.
         json: Write the rows to this file as well.
+
+    Raises:
+        ValueError: names every number that makes no sense.
     """
+    counts = dict(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens, num_prompts=num_prompts)
+    if problems := [f"--{flag} {n}: give 1 or more" for flag, n in counts.items() if n < 1]:
+        raise ValueError("; ".join(problems))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, dtype) if dtype else torch.float32 if device == "cpu" else torch.bfloat16

@@ -324,6 +324,30 @@ def test_prompts_without_text_are_refused(tmp_path):
             read_prompts(prompts, None, 8, False)
 
 
+@pytest.mark.filterwarnings("ignore:speculation does not pay")
+def test_the_benchmark_compares_every_method_at_every_temperature(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "speculative_decoding" / "benchmark.py"))["main"]
+    write_lit_folder(tmp_path / "target")
+    write_lit_folder(tmp_path / "draft", n_layer=1)
+    lines = [json.dumps({"text": f"def f{i}(x): return x + {i}"}) for i in range(5)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    where = (tmp_path / "target", tmp_path / "prompts.jsonl", tmp_path / "draft")
+    sizes = dict(max_new_tokens=8, prompt_tokens=6, num_prompts=2)
+    main(*where, **sizes, guesses=3, device="cpu", json=tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    methods = ["target alone", "draft model", "n-grams"]
+    assert [(row["temperature"], row["method"]) for row in rows] == [(t, m) for t in (0.0, 1.0) for m in methods]
+    assert [row.get("same text") for row in rows] == [None, "2 of 2", "2 of 2", None, None, None]
+    assert [row["speed-up"] for row in rows if row["method"] == "target alone"] == ["1.00 ± 0.00"] * 2
+    assert "| draft model |" in capsys.readouterr().out
+    with pytest.raises(ValueError) as caught:
+        main(*where, **dict.fromkeys(sizes, 0))
+    assert str(caught.value).split("; ") == [f"--{flag} 0: give 1 or more" for flag in sizes]
+    (tmp_path / "prompts.jsonl").write_text(lines[0])
+    with pytest.raises(ValueError, match="prompts.jsonl holds 1 prompts; give 2 or more: the first warms up"):
+        main(*where, **sizes, device="cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:speculation does not pay")
 @pytest.mark.parametrize("draft", ["near", "far", "n-grams"])
