@@ -19,7 +19,7 @@ from lit_gpt.generate import ContextFull, check_settings, stream, stream_text
 from lit_gpt.hub import local_folder
 from lit_gpt.kernels import select_kernels
 from lit_gpt.model import GPT
-from lit_gpt.pretrained import load_model, open_pretrained, refuse_other_tokenizer
+from lit_gpt.pretrained import load_model, open_pretrained, refuse_other_tokenizer, resolve_device
 from lit_gpt.retrieval import Documents, Passage, with_passages
 from lit_gpt.tokenizer import Tokenizer
 
@@ -73,8 +73,9 @@ class ChatModel:
             dtype: None is bfloat16 on a GPU, float32 on a CPU.
 
         Raises:
-            FileNotFoundError, ValueError: see open_pretrained, Tokenizer and ChatTemplate.
+            FileNotFoundError, ValueError: see resolve_device, open_pretrained, Tokenizer and ChatTemplate.
         """
+        device = resolve_device(device)
         folder = local_folder(str(path))
         found = open_pretrained(folder)
         tokenizer_path = tokenizer_path or found.tokenizer
@@ -84,8 +85,6 @@ class ChatModel:
         refuse_other_tokenizer(found, tokenizer)
         chosen = None if template != "auto" else ChatTemplate.of_model(tokenizer.path.parent, tokenizer)
         chosen = chosen or ChatTemplate.named("zephyr" if template == "auto" else template, tokenizer)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
         kernels = select_kernels("auto", device=torch.device(device), dtype=dtype, training=False)
         folder = folder.resolve()

@@ -165,6 +165,19 @@ def refuse_other_tokenizer(found: Pretrained, tokenizer: Tokenizer) -> None:
         )
 
 
+def resolve_device(name: str) -> str:
+    """What --device means: auto is a GPU if there is one. Raises: ValueError for one that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, colon, number = name.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in there or (colon and not number.isdecimal()):
+        raise ValueError(f"--device {name}: give cpu, cuda or mps, or auto for a GPU if there is one")
+    if int(number or 0) >= there[kind]:
+        raise ValueError(f"--device {name}: PyTorch sees no such device here; auto takes what there is")
+    return name
+
+
 def load_model(
     found: Pretrained,
     kernels: Kernels | None = None,

@@ -25,7 +25,7 @@ from lit_gpt import checkpoint, cluster, perplexity
 from lit_gpt.cli import one_line_errors, parse
 from lit_gpt.hf_tokenizer import starts_with_bos
 from lit_gpt.kernels import select_kernels
-from lit_gpt.pretrained import Pretrained, load_model, open_pretrained, refuse_other_tokenizer
+from lit_gpt.pretrained import Pretrained, load_model, open_pretrained, refuse_other_tokenizer, resolve_device
 from lit_gpt.report import plot_perplexity
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.weights import write_json
@@ -80,8 +80,7 @@ def main(
             beyond its block_size too, with each rope scaling. A picture is written beside --out.
         text: A long text file, for --perplexity_by_length.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     if devices > 1 or "WORLD_SIZE" in os.environ:
         device = launch(device, devices)
     rank_zero = checkpoint.is_rank_zero()

@@ -18,7 +18,7 @@ from lit_gpt.generate import ContextFull, check_settings, stream, stream_text
 from lit_gpt.hf_tokenizer import starts_with_bos
 from lit_gpt.int8 import quantize_int8
 from lit_gpt.kernels import select_kernels
-from lit_gpt.pretrained import load_model, open_pretrained, refuse_other_tokenizer
+from lit_gpt.pretrained import load_model, open_pretrained, refuse_other_tokenizer, resolve_device
 from lit_gpt.speculative import Speculator, refuse_different_tokenizers
 from lit_gpt.tokenizer import Tokenizer
 
@@ -77,8 +77,7 @@ def main(
     check_settings(temperature, top_k, top_p, max_new_tokens, min_p, repetition_penalty, num_samples)
     if "" in stop:
         raise ValueError("--stop holds an empty string, which ends every text before its first character: leave it out")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     dtype = getattr(torch, dtype) if dtype else torch.float32 if device == "cpu" else torch.bfloat16
     found = open_pretrained(checkpoint_dir, model_name).stretched(rope_scaling, rope_factor)
     tokenizer_path = tokenizer_path or found.tokenizer

@@ -22,7 +22,7 @@ from lit_gpt.generate import generate
 from lit_gpt.hf_tokenizer import starts_with_bos
 from lit_gpt.int8 import quantize_int8
 from lit_gpt.kernels import select_kernels
-from lit_gpt.pretrained import load_model, open_pretrained, refuse_other_tokenizer
+from lit_gpt.pretrained import load_model, open_pretrained, refuse_other_tokenizer, resolve_device
 from lit_gpt.report import markdown_of
 from lit_gpt.speculative import Speculator, refuse_different_tokenizers
 from lit_gpt.tokenizer import Tokenizer
@@ -71,8 +71,7 @@ def main(
     counts = dict(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens, num_prompts=num_prompts)
     if problems := [f"--{flag} {n}: give 1 or more" for flag, n in counts.items() if n < 1]:
         raise ValueError("; ".join(problems))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     dtype = getattr(torch, dtype) if dtype else torch.float32 if device == "cpu" else torch.bfloat16
     found = open_pretrained(target_dir)
     if found.tokenizer is None:
@@ -160,7 +159,7 @@ def run(
             for _ in range(1 if i else 2):
                 t0 = time.perf_counter()
                 new_ids = method(prompt)
-                if device == "cuda":
+                if device.startswith("cuda"):
                     torch.cuda.synchronize()
                 elapsed_s = time.perf_counter() - t0
             if i:

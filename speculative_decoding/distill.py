@@ -23,7 +23,14 @@ from lit_gpt.kernels import select_kernels
 from lit_gpt.model import GPT
 from lit_gpt.optim import clip_and_step, lr_at, param_groups
 from lit_gpt.packed_dataset import PackedDataset
-from lit_gpt.pretrained import Pretrained, load_model, open_pretrained, refuse_other_tokenizer, write_lit
+from lit_gpt.pretrained import (
+    Pretrained,
+    load_model,
+    open_pretrained,
+    refuse_other_tokenizer,
+    resolve_device,
+    write_lit,
+)
 from lit_gpt.speculative import refuse_different_tokenizers
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.weights import whole_folder
@@ -80,8 +87,7 @@ def main(
         problems.append(f"--learning_rate {learning_rate} is not positive")
     if problems:
         raise ValueError("; ".join(problems))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     found, found_draft = open_pretrained(target_dir), open_pretrained(draft_dir)
     refuse_different_tokenizers(found, found_draft)

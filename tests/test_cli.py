@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lit_gpt.cli import one_line_errors, parse, quiet_imports
+from tests.tiny import run_script
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ROOT / "pretrain" / "tinyllama.py"
@@ -140,6 +141,25 @@ def test_a_machine_with_slurms_commands_gets_no_advice_about_them(tmp_path, monk
         with warnings.catch_warnings(record=True) as seen, one_line_errors() if silent else nullcontext():
             Fabric(accelerator="cpu", devices=1)
         assert any("srun" in str(w.message) for w in seen) != silent
+
+
+@pytest.mark.parametrize(
+    "script, needed",
+    [
+        ("scripts/generate.py", ["checkpoint_dir"]),
+        ("scripts/evaluate.py", ["checkpoint_dir", "out"]),
+        ("speculative_decoding/benchmark.py", ["target_dir", "prompts"]),
+        ("speculative_decoding/distill.py", ["target_dir", "draft_dir", "train_data_dir", "out_dir"]),
+        ("sft/chat.py", ["model"]),
+        ("sft/serve.py", ["model"]),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(script, needed, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    flags = [word for name in needed for word in (f"--{name}", "nowhere")]
+    flags += ["--train_mix.a", "1"] if "train_data_dir" in needed else []
+    for device, message in (("foo", "give cpu, cuda or mps"), ("cuda:1", "PyTorch sees no such device here")):
+        assert run_script(f"../{script}", *flags, "--device", device).startswith(f"error: --device {device}: {message}")
 
 
 @pytest.mark.parametrize("args", [[], ["run"], ["fly"]])
