@@ -198,7 +198,8 @@ class Watch:
     """A thread that notices what the training thread, waiting, cannot: dead ranks, and waiting itself.
 
     With a store, each rank watches the next one's heartbeat. Whoever finds it dead, or ends with an exception itself,
-    writes that into the store, where all the others read it, print it and end with exit code 1.
+    writes that into the store, where all the others read it, print it and end with exit code 1. A rank that ends with
+    the same exception as another one before it says nothing.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, address: str = "", port: int = 0) -> None:
@@ -231,16 +232,27 @@ class Watch:
         self._thread.join()
         if self.store is None:
             return
+        already_said = False
         try:
             if isinstance(error, Exception):
-                me = f"{name(self.store, self.rank)} ended in step {self._step + 1} with"
-                self.store.compare_set("verdict", "", f"{me} {kind.__name__}: {first_line(error)}")
+                already_said = self._tell(f"{kind.__name__}: {first_line(error)}")
             self.store.set(f"beat/{self.rank}", "done")
-            waits_until = time.monotonic() + SILENCE_S
-            while self.rank == 0 and error is None and not self._all_done() and time.monotonic() < waits_until:
+            waits_until = time.monotonic() + (SILENCE_S if error is None else 3 * BEAT_S)
+            while self.rank == 0 and not self._all_done() and time.monotonic() < waits_until:
                 time.sleep(0.05)  # its end takes the store from the others
         except RuntimeError:
             pass  # the store went with rank 0, which has ended for its own reason
+        if already_said:
+            sys.exit(1)
+
+    def _tell(self, problem: str) -> bool:
+        """Tell the others how this rank ended. Returns whether one of them has said the same of itself."""
+        waits_until = time.monotonic() + BEAT_S
+        while self.rank and not self.store.check(["verdict"]) and time.monotonic() < waits_until:
+            time.sleep(0.05)  # a wrong flag is every rank's mistake, and rank 0's to name
+        mine = f"{name(self.store, self.rank)} ended in step {self._step + 1} with {problem}"
+        verdict = self.store.compare_set("verdict", "", mine).decode()
+        return verdict != mine and verdict.endswith(f" with {problem}")
 
     def _run(self) -> None:
         beat, heard, heard_at, reported = 0, b"", time.monotonic(), 0.0

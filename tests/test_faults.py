@@ -226,6 +226,15 @@ class TestRanks:
         logs = self.ends(ranks, tmp_path, within_s=55)
         assert "ended in step 1 with FileNotFoundError:" in logs[0], logs[0]
 
+    def test_a_mistake_of_all_ranks_is_named_by_rank_0_alone(self, flags):  # noqa: F811
+        ranks = start_ranks(3, runs, dict(flags, train_mix={"nowhere": 1.0}), [{}])
+        ends = []
+        for process, pipe in ranks:
+            assert pipe.poll(60)
+            ends.append(pickle.loads(pipe.recv_bytes())[0].splitlines()[-1].partition(":")[0])
+            process.join()
+        assert ends == ["FileNotFoundError", "SystemExit", "SystemExit"]
+
     def test_a_rank_without_memory_tells_the_others_at_once(self, flags, tmp_path):  # noqa: F811
         ranks = start_ranks(2, has_no_memory_on_rank_1, flags, log_dir=tmp_path)
         self.says(ranks, tmp_path, "rank 0 computes")
