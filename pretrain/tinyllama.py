@@ -167,7 +167,7 @@ class TrainArgs:
     eval_sequences: int | None = 4096
     """Validate on at most this many sequences of each set, the same ones each time."""
     eval_tasks: list[str] = field(default_factory=list)
-    """Tasks of lm_eval to score at each validation, e.g. [commonsense]; needs --tokenizer_path. See EVAL.md."""
+    """Tasks of lm_eval to score at each validation, e.g. commonsense; needs --tokenizer_path. See EVAL.md."""
     eval_tasks_dir: Path | None = None
     """Folder of task files, where there is no network."""
     eval_limit: int = 100

@@ -1,8 +1,8 @@
 """Score a model on lm_eval's tasks.
 
-    python scripts/evaluate.py --checkpoint_dir out/tinyllama --tasks '[commonsense]' --out results.json
+    python scripts/evaluate.py --checkpoint_dir out/tinyllama --tasks commonsense --out results.json
     torchrun --nproc-per-node 8 scripts/evaluate.py ...                     # or --devices 8
-    python scripts/evaluate.py --checkpoint_dir out/tinyllama --tasks_dir my/tasks --tasks '[my_task]' --out mine.json
+    python scripts/evaluate.py --checkpoint_dir out/tinyllama --tasks_dir my/tasks --tasks my_task --out mine.json
 
 Groups: commonsense (TinyLlama's seven tasks and their average), instruct (MMLU 5-shot, BBH 3-shot, DROP 3-shot,
 HumanEval), and lm_eval's own. EVAL.md explains; scripts/report.py makes tables and pictures of the results.
