@@ -26,7 +26,7 @@ from lit_gpt.tokenizer import Tokenizer
 def main(
     checkpoint_dir: Path,
     prompt: str = "",
-    max_new_tokens: int = 200,
+    max_new_tokens: int | None = None,
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float = 0.95,
@@ -53,7 +53,7 @@ def main(
         checkpoint_dir: A run, a step-* checkpoint, a Hugging Face folder, a folder that convert_hf_checkpoint.py wrote,
             or a .pth file of the original TinyLlama.
         prompt: What to continue.
-        max_new_tokens: Stop after so many tokens, or at the end of a document.
+        max_new_tokens: Stop after so many tokens, or at the end of a document; default: 200, or what the context holds.
         temperature: 0 always takes the most likely token; higher is more varied.
         top_k: Choose among the k most likely tokens only.
         top_p: Choose among the fewest tokens that have this probability together.
@@ -74,7 +74,8 @@ def main(
         device: cpu, cuda or mps; auto takes a GPU if there is one.
         dtype: Of weights and arithmetic; default: bfloat16 on a GPU, float32 on a CPU.
     """
-    check_settings(temperature, top_k, top_p, max_new_tokens, min_p, repetition_penalty, num_samples)
+    n_new = 200 if max_new_tokens is None else max_new_tokens
+    check_settings(temperature, top_k, top_p, n_new, min_p, repetition_penalty, num_samples)
     if "" in stop:
         raise ValueError("--stop holds an empty string, which ends every text before its first character: leave it out")
     device = resolve_device(device)
@@ -90,6 +91,8 @@ def main(
     prompt_ids = tokenizer.encode(prompt, bos=bos, eos=False)
     if not prompt_ids:
         raise ValueError("this model's tokenizer has no token to begin with: give --prompt")
+    if max_new_tokens is None:
+        n_new = max(1, min(n_new, found.config.block_size + 1 - len(prompt_ids)))  # the last one is not read
 
     if (draft_dir or prompt_lookup) and (logprobs or repetition_penalty != 1):
         raise ValueError("--logprobs and --repetition_penalty do not go together with --draft_dir or --prompt_lookup")
@@ -113,10 +116,10 @@ def main(
     full = None
     for _ in range(num_samples):
         if speculator is not None:
-            new_ids = speculator.stream(prompt_ids, max_new_tokens, eos_id=tokenizer.eos_id, **sampling)
+            new_ids = speculator.stream(prompt_ids, n_new, eos_id=tokenizer.eos_id, **sampling)
         else:
             settings = dict(**sampling, repetition_penalty=repetition_penalty, logprobs=logprobs)
-            new_ids = stream(model, prompt_ids, max_new_tokens, eos_id=tokenizer.eos_id, **settings)
+            new_ids = stream(model, prompt_ids, n_new, eos_id=tokenizer.eos_id, **settings)
         t0, n, scored = time.perf_counter(), 0, []
 
         def counted(ids=new_ids, scored=scored):

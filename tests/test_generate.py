@@ -316,12 +316,14 @@ def test_command_line_at_the_context_limit(tmp_path, capsys):
     write_lit_folder(tmp_path / "lit")
     flags = ("--checkpoint_dir", tmp_path / "lit", "--prompt", "def ", "--temperature", 0, "--num_samples", 2)
 
-    def run(n: int, *more) -> tuple[int | str, str, str]:
-        return run_script("generate.py", *flags, "--max_new_tokens", n, *more), *capsys.readouterr()
+    def run(n: int | None, *more) -> tuple[int | str, str, str]:
+        wanted = () if n is None else ("--max_new_tokens", n)
+        return run_script("generate.py", *flags, *wanted, *more), *capsys.readouterr()
 
     fit = 65 - len(Tokenizer(tmp_path / "lit").encode("def ", bos=True, eos=False))
     code, out, err = run(fit)
     assert code == 0 and err.count(f"{fit} tokens in") == 2
+    assert run(None)[:2] == (0, out)  # who asks for no number is not told that it was too large
     for more in (("--logprobs", "true"), ("--prompt_lookup", "true")):
         code, cut, err = run(200, *more)
         assert code.startswith("error: the text fills the model's context of 64 tokens")
