@@ -1,7 +1,7 @@
 """Tables, pictures and a page of runs and their evaluations.
 
     python scripts/report.py --runs out/tinyllama,out/other --out report    # report/report.html and pictures
-    python scripts/report.py --runs out/tinyllama --out report --watch 60          # again every minute, while it trains
+    python scripts/report.py --runs out/tinyllama --out report --watch 60      # again every minute, while it trains
     python scripts/report.py --runs out/tinyllama --out report --update EVAL.md
 
 A run is a folder of pretrain/tinyllama.py; the results of scripts/evaluate.py that lie in it or in its checkpoints, as

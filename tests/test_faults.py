@@ -373,6 +373,7 @@ class TestGpus:
         self.has_gpus(monkeypatch, 1)
         monkeypatch.setattr(tinyllama, "Fabric", MagicMock())
         with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
             for gb in (24, 80):
                 properties = SimpleNamespace(total_memory=gb * 1e9)
                 monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, is_=properties: is_)
