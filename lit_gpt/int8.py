@@ -25,10 +25,13 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # For more rows than kernels/decode.py takes the product waits for arithmetic, not for the weights. They are
-        # scaled before it, as sums of 127 · x would leave fp16's range; one launch writes them in x's dtype.
-        weight = torch.empty_like(self.weight, dtype=x.dtype)
-        return F.linear(x, torch.mul(self.weight, self.scale[:, None], out=weight), self.bias)
+        # For more rows than kernels/decode.py takes the product waits for arithmetic, not for the weights.
+        weight = self.weight.to(x.dtype)
+        if x.dtype == torch.float16:  # whose range sums of 127 · x would leave
+            return F.linear(x, weight * self.scale[:, None].half(), self.bias)
+        y = F.linear(x, weight)
+        y *= self.scale  # in place, so that it stays in x's dtype
+        return y if self.bias is None else y + self.bias
 
 
 def quantize_int8(model: GPT) -> GPT:
