@@ -28,8 +28,10 @@ import hashlib
 import itertools
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -442,6 +444,10 @@ class PackedLoader:
                 return
             except RuntimeError as e:  # DataLoader's: a worker was killed, or has hung
                 batch = OSError(f"rank {self.rank} gets no data: {e}")
+            except (ConnectionError, EOFError) as e:  # a worker was killed while a batch was on its way
+                batch = OSError(f"rank {self.rank} gets no data: {e}")
+                with suppress(RuntimeError):  # of torch's signal handler: here it disturbs no report
+                    time.sleep(1)
             if isinstance(batch, Exception):
                 batches = None  # ends the workers, to which the error's traceback would hold on
                 raise batch

@@ -165,6 +165,22 @@ def test_coverage_for_any_shards_ranks_and_micro_batches(tmp_path_factory, data)
     assert seen == dataset(directory, mix, block_size, **options).tokens(range(len(seen)))[:, 0].tolist()
 
 
+def test_a_reader_killed_while_it_hands_over_a_batch_is_a_line(two_sources, monkeypatch):
+    def reset(*_, **__):
+        yield from ()
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    def signalled(_):
+        raise RuntimeError(
+            "DataLoader worker (pid 1) is killed by signal: Killed."
+        )  # as torch's handler does, anywhere
+
+    monkeypatch.setattr(packed_dataset, "DataLoader", reset)
+    monkeypatch.setattr(packed_dataset.time, "sleep", signalled)
+    with pytest.raises(OSError, match="^rank 0 gets no data: .*Connection reset by peer"):
+        next(iter(PackedLoader(dataset(two_sources), 1)))
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_a_resume_on_another_number_of_ranks_goes_on_with_the_same_global_batches(two_sources, num_workers):
     def steps(world_size, micro_batch_size, state, n):
