@@ -10,6 +10,7 @@ Times are the device's own: without the gaps between launches, which a training 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -97,10 +98,20 @@ def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | No
 # --- whose ------------------------------------------------------------------------------------------------------------
 
 
+def norms_and_rope(
+    norms: ModuleType, rotary: ModuleType, c: Config, T: int, device: torch.device
+) -> dict[str, Callable]:
+    """The operations that these modules have under the names of ours."""
+    cos, sin = rope.rope_tables(c, T, device)
+    return {
+        "rms_norm": lambda x, w: norms.rms_norm(x, w, EPS),
+        "add + rms_norm": lambda x, d, w: norms.add_rms_norm(x, d, w, EPS),
+        "split + rope": lambda qkv: rotary.split_rope(qkv, cos, sin, c.n_query_groups, c.head_size),
+    }
+
+
 def ours_and_torchs(c: Config, T: int, device: torch.device) -> dict[str, dict[str, Callable]]:
     from lit_gpt.kernels import fused
-
-    cos, sin = rope.rope_tables(c, T, device)
 
     def swiglu_with(forward: Callable, backward: Callable) -> Callable:
         """The backward gives the output again too, as a step does, whose next gradient needs it."""
@@ -127,21 +138,19 @@ def ours_and_torchs(c: Config, T: int, device: torch.device) -> dict[str, dict[s
     def all_logits(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="sum")
 
-    operations: dict[str, dict[str, Callable]] = {}
-    for name, module, rotary, loss in (("ours", fused, fused, fused), ("torch", rmsnorm, rope, cross_entropy)):
-        operations.setdefault("rms_norm", {})[name] = lambda x, w, module=module: module.rms_norm(x, w, EPS)
-        operations.setdefault("add + rms_norm", {})[name] = partial(add_rms_norm_of, module)
-        operations.setdefault("split + rope", {})[name] = partial(
-            split_rope_of, rotary, cos=cos, sin=sin, G=c.n_query_groups, D=c.head_size
-        )
-        operations.setdefault("linear cross-entropy", {})[name] = loss.linear_cross_entropy
+    ours, torchs = norms_and_rope(fused, fused, c, T, device), norms_and_rope(rmsnorm, rope, c, T, device)
+    operations = {name: {"ours": ours[name], "torch": torchs[name]} for name in ours}
     operations["swiglu"] = {
         "ours": swiglu_with(fused.swiglu, fused.swiglu_backward),
         "torch": swiglu_with(plain, plain_backward),
         "compile": swiglu_with(torch.compile(plain), torch.compile(plain_backward)),
     }
     operations["swiglu mlp"] = {"ours": fused.swiglu_mlp, "torch": swiglu.swiglu_mlp}
-    operations["linear cross-entropy"]["compile, all logits"] = torch.compile(all_logits)
+    operations["linear cross-entropy"] = {
+        "ours": fused.linear_cross_entropy,
+        "torch": cross_entropy.linear_cross_entropy,
+        "compile, all logits": torch.compile(all_logits),
+    }
     return operations
 
 
@@ -177,12 +186,7 @@ def flash_attns(c: Config, T: int, device: torch.device) -> dict[str, dict[str, 
 
     from lit_gpt.kernels import flash_attn_ops as ops
 
-    cos, sin = rope.rope_tables(c, T, device)
-    split_rope = partial(split_rope_of, ops, cos=cos, sin=sin, G=c.n_query_groups, D=c.head_size)
-    return {
-        "rms_norm": {"flash-attn": lambda x, w: ops.rms_norm(x, w, EPS)},
-        "add + rms_norm": {"flash-attn": partial(add_rms_norm_of, ops)},
-        "split + rope": {"flash-attn": split_rope},
+    return {name: {"flash-attn": f} for name, f in norms_and_rope(ops, ops, c, T, device).items()} | {
         "swiglu": {"flash-attn, output not again": lambda gate_up: swiglu(*gate_up.chunk(2, -1))},
         "swiglu mlp": {"flash-attn": ops.swiglu_mlp},
         "linear cross-entropy": {"flash-attn": ops.linear_cross_entropy},
@@ -212,14 +216,6 @@ def quacks(c: Config, T: int, device: torch.device) -> dict[str, dict[str, Calla
             "quack": lambda h, w, t: chunked_linear_cross_entropy(h, w, t, reduction="sum", tuned=False)
         },
     }
-
-
-def add_rms_norm_of(module, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor):
-    return module.add_rms_norm(x, delta, weight, EPS)
-
-
-def split_rope_of(module, qkv: torch.Tensor, *, cos: torch.Tensor, sin: torch.Tensor, G: int, D: int):
-    return module.split_rope(qkv, cos, sin, G, D)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
