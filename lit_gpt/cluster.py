@@ -41,6 +41,11 @@ def on_gpu(accelerator: str) -> bool:
     return cuda and accelerator in ("auto", "cuda", "gpu")
 
 
+def auto_precision(on_gpu: bool) -> str:
+    """bf16 on a GPU that has it, not where PyTorch only emulates it (V100, T4)."""
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
 def processes(devices: int | str, on_gpu: bool, num_nodes: int = 1) -> tuple[int, int]:
     """Of this node and of the whole run: as the launcher (torchrun, fabric) says, or else as asked for; auto is all
     GPUs, or the CPU. Raises: ValueError if more GPUs are asked for than there are."""

@@ -645,7 +645,7 @@ def launch(args: TrainArgs, config: Config) -> Fabric:
     torch.set_float32_matmul_precision("high")
     on_gpu = cluster.on_gpu(args.accelerator)
     if args.precision == "auto":
-        args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        args.precision = cluster.auto_precision(on_gpu)
     per_node, world_size = cluster.processes(args.devices, on_gpu, args.num_nodes)
 
     plan = memory_plan(config, args.micro_batch_size * config.block_size, args.recompute, sharers=per_node)

@@ -515,7 +515,7 @@ def launch(args: FinetuneArgs) -> Fabric:
     torch.set_float32_matmul_precision("high")
     on_gpu = cluster.on_gpu(args.accelerator)
     if args.precision == "auto":
-        args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        args.precision = cluster.auto_precision(on_gpu)
     bf16 = args.precision == "bf16"
 
     def shard(model: GPT, mesh) -> GPT:

@@ -342,6 +342,15 @@ class TestGpus:
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
         self.has_gpus(monkeypatch, 0)
 
+    def test_a_gpu_that_only_emulates_bf16_is_not_given_it(self, monkeypatch):
+        for has_it in (False, True):  # on a V100 the function alone says True
+            supported = lambda including_emulation=True, has_it=has_it: including_emulation or has_it  # noqa: E731
+            monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+            assert [cluster.auto_precision(on_gpu) for on_gpu in (True, False)] == [
+                "bf16" if has_it else "fp32",
+                "fp32",
+            ]
+
     def has_gpus(self, monkeypatch, n: int) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
