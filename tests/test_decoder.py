@@ -129,6 +129,23 @@ def test_int8_of_large_activations_stays_finite(dtype):
     assert got.dtype == dtype and (got - want).norm() < 0.01 * want.norm()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_int8_in_fp16_decodes_large_activations(device):
+    """The forward of prompts, and on a GPU the fused kernels in graphs of one token and of several."""
+    model, exact = tiny(device, torch.float16), tiny(device)
+    for m in (model, exact):
+        m.transformer.ln_f.weight.mul_(1000)
+    quantize_int8(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Int8Linear):  # the exact model is of the rounded weights
+            exact.get_submodule(name).weight.copy_(layer.weight * layer.scale[:, None])
+    idx = tokens(model)
+    d = Decoder(model, 3, 30)
+    for cuts in ([1] * 8, [3, 1, 4]):
+        for got, want in zip(through_cache(d, idx, cuts), without_cache(exact, idx, 8), strict=True):
+            assert got.isfinite().all() and (got - want).norm() < 0.01 * want.norm()
+
+
 def test_int8_of_tied_weights_leaves_the_embedding():
     model = quantize_int8(tiny(tie_embeddings=True))
     assert model.transformer.wte.weight.dtype == torch.float32 and type(model.lm_head) is Int8Linear
