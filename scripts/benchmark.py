@@ -25,6 +25,7 @@ if __name__ == "__main__" and "step" in sys.argv[1:2]:
 
 import gc
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from benchmark_scaling import scaling
 
 from lit_gpt.cli import one_line_errors
 from lit_gpt.config import Config
-from lit_gpt.kernels import select_kernels
+from lit_gpt.kernels import Kernels, select_kernels
 from lit_gpt.model import GPT
 from lit_gpt.optim import clip_and_step, init_adam, param_groups
 from lit_gpt.speed_monitor import GPUS, flops_per_token, largest_micro_batch, memory_plan, peak_flops
@@ -76,7 +77,7 @@ def step(
             hf-liger (with Liger's kernels, not compiled), autocast (ours, plain, blocks compiled); and torchao-fp8 (as
             autocast, with torchao's tensorwise fp8 in the linear layers, and bf16 parameters and moments).
         recompute: compute each block's activations again in the backward.
-        compile_blocks: torch.compile each block of ours, whatever its kernels are.
+        compile_blocks: torch.compile each block of ours around its kernels, which stay as they are.
         memory_limit_gb: let PyTorch have this much of the card's memory, in units of 1e9 bytes.
         profile: print where the device's time goes, by kernel.
         json: write the rows to this file as well.
@@ -144,6 +145,11 @@ def build_ours(
     heads = (config.n_head, config.n_query_groups, config.head_size)
     selected = select_kernels(kernels, device=device, dtype=dtype, heads=heads, fp8=precision == "fp8")
     print(selected.table(), flush=True)
+    if compile_blocks and not selected.compile_blocks:
+        # Traced, their addresses and .grad would break the graph in the middle of them.
+        functions = {f.name: getattr(selected, f.name) for f in fields(Kernels)}
+        opaque = {name: torch.compiler.disable(f) for name, f in functions.items() if callable(f)}
+        selected = replace(selected, **opaque)
     with device:
         model = GPT(config, selected)
     model.init_weights(1)

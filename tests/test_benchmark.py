@@ -2,9 +2,14 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import torch._dynamo.utils
+
+from lit_gpt import Config
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -28,6 +33,23 @@ def test_every_combination_is_a_row_and_a_failed_one_costs_no_other(benchmark, t
     assert [row["tokens/s"] == "failed" for row in rows] == [True] * 4 + [False] * 2
     assert all(row["tokens/s"] > 0 and row["first step s"] > 0 and row["MFU %"] is None for row in rows[4:])
     assert "| tiny_LLaMA_demo | torch | fp32 | 512 | 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_blocks_compiled_around_the_kernels_have_the_same_gradients(benchmark):
+    config, cpu = Config.from_name("tiny_LLaMA_demo", n_layer=2), torch.device("cpu")
+    idx = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1))
+    grads = []
+    for compile_blocks in (False, True):
+        torch._dynamo.utils.counters.clear()
+        model, loss_of = benchmark["build_ours"]("torch", config, cpu, "bf16", False, compile_blocks)
+        for _ in range(2):
+            loss_of(idx[:, :-1], idx[:, 1:]).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for name, want in grads[0].items():
+        assert torch.equal(grads[1][name], want), name
+    torch.compiler.reset()
 
 
 def test_decode_has_a_row_for_every_size_and_number_format(benchmark, tmp_path, capsys):
