@@ -215,14 +215,15 @@ def loss_function(request):
 
 @DTYPES
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-@pytest.mark.parametrize("N, C, V", [(1, 8, 3), (13, 16, 97), (5, 8, 9000)], ids=str)
+@pytest.mark.parametrize("N, C, V", [(1, 8, 3), (13, 16, 97), (5, 8, 20000)], ids=str)
 def test_linear_cross_entropy(loss_function, monkeypatch, N, C, V, z_loss, dtype):
     monkeypatch.setattr(cross_entropy, "CHUNK", 5)  # several chunks, and an incomplete one
     targets = torch.randint(V, (N,), device=DEVICE)
     targets[N // 2 :: 4] = IGNORE_INDEX
     if N == 1:
         targets[:] = V - 1
-    inputs = [randn(N, C), randn(V, C, seed=3), targets, "sum", z_loss]
+    # Small logits: rounded to bf16, those of 8 would change a probability by more than is allowed.
+    inputs = [randn(N, C) / 4, randn(V, C, seed=3), targets, "sum", z_loss]
     assert_matches(loss_function, exact_loss, inputs, dtype)
     with torch.no_grad():
         inputs[3] = "none"

@@ -407,7 +407,7 @@ def _chunks(hidden, weight, loss, targets):
 
 def _softmax_grad(logits, targets, loss, z_loss: float, with_grad: bool) -> None:
     n, V = logits.shape
-    block = min(8192, triton.next_power_of_2(V))
+    block = min(16384, triton.next_power_of_2(V))
     _cross_entropy[(n,)](
         logits, targets, loss, V, z_loss, IGNORE=IGNORE_INDEX, GRAD=with_grad, BLOCK=block, num_warps=_warps(block)
     )
