@@ -75,9 +75,7 @@ def kernels(n_tokens: int = 16384, model: str = "tiny_LLaMA_1b", json: Path | No
             tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
             row = {"operation": operation, "by": name}
             try:
-                outputs = function(*tensors)
-                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-                grads = [torch.randn_like(o) if o.dim() else None for o in outputs]
+                grads = [torch.randn_like(o) if o.dim() else None for o in as_tuple(function(*tensors))]
                 forward, both = forward_and_both_s(function, tensors, grads)
                 memory = extra_memory(function, tensors, grads)
             except Exception as e:  # a foreign package may refuse a shape; the others still count
