@@ -26,10 +26,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # For more rows than kernels/decode.py takes the product waits for arithmetic, not for the weights.
-        weight = self.weight.to(x.dtype)
         if x.dtype == torch.float16:  # whose range sums of 127 · x would leave
-            return F.linear(x, weight * self.scale[:, None].half(), self.bias)
-        y = F.linear(x, weight)
+            return F.linear(x, (self.weight * self.scale[:, None]).half(), self.bias)
+        y = F.linear(x, self.weight.to(x.dtype))
         y *= self.scale  # in place, so that it stays in x's dtype
         return y if self.bias is None else y + self.bias
 

@@ -129,6 +129,16 @@ def test_int8_of_large_activations_stays_finite(dtype):
     assert got.dtype == dtype and (got - want).norm() < 0.01 * want.norm()
 
 
+def test_int8_in_fp16_keeps_small_rows():
+    """Whose scale alone fp16 could hardly hold."""
+    torch.manual_seed(0)
+    x, linear = torch.randn(5, 64).half(), torch.nn.Linear(64, 8, bias=False).requires_grad_(False)
+    linear.weight *= 1e-3
+    layer = Int8Linear(linear)
+    want = x.float() @ (layer.weight * layer.scale[:, None]).T
+    assert (layer(x) - want).norm() < 1e-3 * want.norm()
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_int8_in_fp16_decodes_large_activations(device):
     """The forward of prompts, and on a GPU the fused kernels in graphs of one token and of several."""
